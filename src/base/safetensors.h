@@ -76,9 +76,12 @@ class SafetensorsWriter {
   void finish();
 
  private:
+  [[noreturn]] void fail(int error);  // removes the partial file and throws
+  void discard();                     // closes and removes a file that is not finished
+
   std::string path_;
   int fd_ = -1;
-  int64_t remaining_bytes_ = 0;
+  int64_t total_bytes_ = 0, remaining_bytes_ = 0;
 };
 
 }  // namespace uly

@@ -12,7 +12,7 @@
 
 namespace uly::models {
 
-// Rotary embedding; `inverse_frequencies` in rope.h turns it into H/2 numbers. Source: Transformers' modeling_rope_utils.
+// Rotary embedding; rope_table() turns it into H/2 numbers. Source: Transformers' modeling_rope_utils.
 struct Rope {
   enum class Type { kDefault, kLinear, kLlama3, kYarn, kDynamic };
   Type type = Type::kDefault;
@@ -24,6 +24,8 @@ struct Rope {
   double mscale = 0.0, mscale_all_dim = 0.0;             // yarn: 0 = absent
   bool truncate = true;                                  // yarn
   int64_t original_max_positions = 0;
+
+  bool operator==(const Rope&) const = default;
 };
 
 struct Spec {
@@ -40,6 +42,7 @@ struct Spec {
   Rope rope;
   int64_t max_positions = 0;
   int64_t sliding_window = 0;  // 0 = none; where on, no longer sequence is accepted
+  int64_t padding_token = -1;  // pad_token_id: its embedding starts at zero and gets no gradient; -1 = none
   Json config;                 // config.json after hf_config_kwargs
   bool randomly_initialized = false;
 

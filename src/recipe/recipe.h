@@ -20,6 +20,7 @@ struct Model {
   std::string name_or_path;
   Dtype dtype = Dtype::kBf16;          // kBf16 or kF32
   bool random_init = false;            // init: random
+  bool disable_activation_checkpoint = false;
   Json hf_config_kwargs = Json::object();
 };
 
@@ -104,7 +105,7 @@ struct Recipe {
   int64_t exit_iteration = 0, exit_iteration_this_run = 0, min_iterations = 0;
   bool overfit_first_batch = false;
   std::string kill_switch_path = "/tmp/at_kill_switch";
-  std::string memory_budget;                    // memory.device: bytes a rank may use for what it need not rebuild; "" = by the machine
+  int64_t memory_device_bytes = 0;              // memory.device: what one rank may use; 0 = by the machine
 
   // What a key was taken to mean, in the order of the file: printed in the plan.
   struct Note {

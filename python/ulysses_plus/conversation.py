@@ -1,0 +1,137 @@
+"""Reads one row of a data set as a conversation: a list of (role, text) in its true order."""
+
+from ulysses_plus.errors import UserError
+
+DEFAULT_ROLES = {"user": "user", "assistant": "assistant"}
+CONTENT_KEYS = ("content", "text", "message", "value")
+# Names that chat collections use for the same four roles.
+ROLES = {
+    "system": "system", "developer": "developer", "tool": "tool", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+}
+# Well-known sets: the columns or list items that hold each role's text.
+KNOWN_ROLES = {
+    "nvidia/AceMath-Instruct-Training-Data": {"user": "messages.role.user", "assistant": "messages.role.assistant"},
+    "HuggingFaceH4/ultrachat_200k": {"user": "messages.role.user", "assistant": "messages.role.assistant"},
+    "Open-Orca/OpenOrca": {"system": "system_prompt", "user": "question", "assistant": "response"},
+    "THUDM/LongAlign-10k": {"user": "messages.role.user", "assistant": "messages.role.assistant"},
+    "Yukang/LongAlpaca-12k": {"user": "instruction", "assistant": "output"},
+    "Open-Orca/SlimOrca": {
+        "system": "conversations.from.system", "user": "conversations.from.human", "assistant": "conversations.from.gpt",
+    },
+    "meta-math/MetaMathQA": {"user": "query", "assistant": "response"},
+    "ise-uiuc/Magicoder-OSS-Instruct-75K": {"user": "problem", "assistant": "solution"},
+    "lmsys/lmsys-chat-1m": {"user": "conversation.role.user", "assistant": "conversation.role.assistant"},
+}
+
+
+def make_reader(mapping, columns, name, where):
+    """Returns f(row, sample) -> [(role, text), ...] for a source.
+
+    mapping   the source's mapping: role_mapping and content_key decide; else known sets, then the columns `messages`
+              or `conversations`, then the columns `user` and `assistant`
+    columns   the column names found
+    Raises UserError here for a mapping that the columns do not bear, and in f for a sample that does not fit; both
+    name the source, f also the sample.
+    """
+    kind = mapping.get("type") or "huggingface_instruct"
+    if kind not in ("huggingface_instruct", "huggingface", "huggingface_causal"):
+        raise UserError(f"{where}: type {kind}: expected huggingface_instruct for chats")
+    roles = mapping.get("role_mapping")
+    if not roles or roles == DEFAULT_ROLES:
+        roles = KNOWN_ROLES.get(name)
+    content_key = mapping.get("content_key")
+    if roles is None:
+        column = next((c for c in ("messages", "conversations", "conversation") if c in columns), None)
+        if column is not None:
+            return lambda row, sample: _from_list(row, column, content_key, f"{where}: {name}, sample {sample}")
+        roles = DEFAULT_ROLES
+    steps = _steps(roles, columns, name, where)
+    return lambda row, sample: _from_mapping(row, steps, content_key, f"{where}: {name}, sample {sample}")
+
+
+def _steps(roles, columns, name, where):
+    """Groups a role mapping by column, in its own order: [(column, None, role)] for a column of texts,
+    [(column, field, {value: role})] for a column of lists."""
+    steps = []
+    for role, path in roles.items():
+        parts = str(path).split(".")
+        if len(parts) not in (1, 3) and str(path) not in columns:
+            raise UserError(f"{where}: role_mapping: {role}: expected 'column' or 'column.field.value', found {path}")
+        column = str(path) if str(path) in columns else parts[0]
+        if column not in columns:
+            raise UserError(
+                f"{where}: {name}: expected the column {column} for the role {role}, found the columns "
+                f"{', '.join(columns) or 'none'}: set role_mapping in the source"
+            )
+        if column == str(path):
+            steps.append((column, None, role))
+            continue
+        found = next((s for s in steps if s[0] == column and s[1] == parts[1]), None)
+        if found is None:
+            found = (column, parts[1], {})
+            steps.append(found)
+        found[2][parts[2]] = role
+    return steps
+
+
+def _from_mapping(row, steps, content_key, at):
+    turns = []
+    for column, field, role in steps:
+        if column not in row:
+            raise UserError(f"{at}: expected the column {column}, found {', '.join(row)}: correct the sample")
+        value = row[column]
+        if field is None:
+            turns.append((role, "" if value is None else str(value)))
+            continue
+        for item in _items(value, column, at):
+            if str(item.get(field)) in role:
+                turns.append((role[str(item.get(field))], _content(item, content_key, at)))
+    return _kept(turns, at)
+
+
+def _from_list(row, column, content_key, at):
+    if column not in row:
+        raise UserError(f"{at}: expected the column {column}, found {', '.join(row)}: correct the sample")
+    turns = []
+    for item in _items(row[column], column, at):
+        given = item.get("role", item.get("from"))
+        role = ROLES.get(str(given).lower())
+        if role is None:
+            raise UserError(
+                f"{at}: expected a role among system, user, assistant and tool, found "
+                f"{'none' if given is None else given}: set role_mapping in the source"
+            )
+        turns.append((role, _content(item, content_key, at)))
+    return _kept(turns, at)
+
+
+def _items(value, column, at):
+    if value is None:
+        return []
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        value = [dict(zip(value, items)) for items in zip(*value.values())]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
+        raise UserError(f"{at}: expected a list of messages in {column}, found {type(value).__name__}: correct the sample")
+    return value
+
+
+def _content(item, content_key, at):
+    """The text of one message; texts given in parts ({"type": "text", "text": ...}) are joined."""
+    if content_key is not None and content_key not in item:
+        raise UserError(f"{at}: content_key {content_key}: expected one of the message's keys, found {', '.join(item)}")
+    keys = CONTENT_KEYS if content_key is None else (content_key,)
+    value = next((item[key] for key in keys if item.get(key) is not None), "")
+    if isinstance(value, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
+            raise UserError(f"{at}: expected a message made of text, found parts of another kind: text is all that is trained")
+        return "".join(part["text"] for part in value)
+    return str(value)
+
+
+def _kept(turns, at):
+    """Drops turns without text; an empty conversation is an error."""
+    turns = [(role, text) for role, text in turns if text.strip()]
+    if not turns:
+        raise UserError(f"{at}: expected a conversation, found no message with text: remove the sample or set role_mapping")
+    return turns

@@ -1,0 +1,213 @@
+"""python -m ulysses_plus.prepare --request REQUEST.json
+
+Makes (or finds in the cache) the token file of a recipe's data and prints one line of JSON on stdout:
+
+    {"tokens": PATH, "num_samples": n, "longest": tokens, "num_tokens": t, "num_trained_tokens": k, "cached": bool}
+
+REQUEST.json:
+    type         "sft" (chats) or "causal" (plain text)
+    tokenizer    hub id or folder
+    vocab_size   the model's; a token id at or above it is refused
+    data         the recipe's data section, defaults filled in, sources as mappings
+    sources_key  "sources" (default) or "eval_sources": which list to prepare
+    where        {"data.sources": "run.yml:9", ...}: places for errors; "data.sources[1].name_or_path" is tried first
+
+Progress goes to stderr. Processes that want the same file build it once: the others wait. See errors.py for how it ends.
+"""
+
+import argparse
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import sys
+import time
+
+from ulysses_plus import sources as sources_
+from ulysses_plus import token_file
+from ulysses_plus.errors import UserError, one_line, run
+from ulysses_plus.fetch import TOKENIZER_PATTERNS, fetch
+
+# Raise it when the same request would give other tokens or flags than before.
+VERSION = 1
+
+
+def prepare(request):
+    """Returns the answer that the head of this file describes. Raises UserError and NetworkError."""
+    request = {"where": {}, "sources_key": "sources", "type": "sft", **request}
+    data, key = request["data"], f"data.{request['sources_key']}"
+    if request["type"] not in ("sft", "causal"):
+        raise UserError(f"{sources_.place(request['where'], 'type')}: expected sft or causal, found {request['type']}")
+    mappings = data.get(request["sources_key"]) or []
+    if not mappings:
+        raise UserError(f"{sources_.place(request['where'], key)}: expected at least one source, found none")
+    at = sources_.place(request["where"], "tokenizer.name_or_path")
+    try:
+        folder = fetch(request["tokenizer"], tokenizer_only=True)
+    except UserError as error:
+        raise UserError(f"{at}: {error}") from error
+    sources = [sources_.described(mapping, i, request, key) for i, mapping in enumerate(mappings)]
+    provenance = {
+        "version": VERSION, "type": request["type"], "sources": [source.identity for source in sources],
+        "tokenizer": {"name": request["tokenizer"], "files": _tokenizer_hashes(folder, at)}, "options": _options(request, sources),
+    }
+    path = os.path.join(_cache_folder(data, request["where"]), f"ulysses-tokens-{_key(provenance)}.safetensors")
+    found = token_file.read_summary(path)
+    if found is None:
+        if data.get("fail_on_missing_cache"):
+            raise UserError(
+                f"{sources_.place(request['where'], 'data.fail_on_missing_cache')}: expected the prepared data {path}, found none: "
+                "set it to false to prepare them now"
+            )
+        with _Lock(path + ".lock"):
+            found = token_file.read_summary(path)
+            cached = found is not None
+            if not cached:
+                _build(request, sources, folder, at, path, provenance)
+                found = token_file.read_summary(path)
+    else:
+        cached = True
+    summary, vocabulary = found
+    vocab_size = request.get("vocab_size")
+    if vocab_size and vocabulary > vocab_size:
+        raise UserError(
+            f"{at}: expected token ids below the model's vocabulary of {vocab_size}, found {vocabulary - 1}: "
+            "use the tokenizer that belongs to the model"
+        )
+    return {"tokens": path, **summary, "cached": cached}
+
+
+def _build(request, sources, folder, at, path, provenance):
+    from ulysses_plus.documents import documents
+
+    tokenizer = load_tokenizer(folder, request["tokenizer"], at)
+    sources = [sources_.opened(source) for source in sources]
+    total = sum(len(source) for source in sources)
+    progress = Progress(total)
+    writer = token_file.TokenFileWriter(path)
+    try:
+        for ids, flags in documents(request, sources, tokenizer):
+            writer.append(ids, flags)
+            progress.show(writer.num_samples, writer.num_tokens)
+        progress.show(writer.num_samples, writer.num_tokens, last=True)
+        if writer.num_trained_tokens == 0:
+            raise UserError(f"{sources[0].where}: expected tokens to train on, found none: check the sources and role_mapping")
+        writer.finish(provenance)
+    finally:
+        writer.discard()
+
+
+def load_tokenizer(folder, name, at):
+    """Returns the Transformers tokenizer of a folder; code that comes with it is never run."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{at}: {name}: expected a tokenizer, found one that cannot be read: {one_line(error, 200)}") from error
+
+
+class Progress:
+    """A line on stderr about every two seconds: samples, tokens, tokens/s and the time left."""
+
+    def __init__(self, total):
+        self.total, self.began, self.shown = total, time.monotonic(), time.monotonic()
+
+    def show(self, samples, tokens, last=False):
+        now = time.monotonic()
+        if not last and now - self.shown < 2:
+            return
+        self.shown = now
+        seconds = max(now - self.began, 1e-9)
+        left = "" if last else f", {(self.total - samples) * seconds / max(samples, 1):.0f} s left"
+        print(f"tokenised {samples:,} of {self.total:,} samples, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s{left}", file=sys.stderr, flush=True)
+
+
+class _Lock:
+    """Holds an exclusive lock on a file beside the token file; says so when it has to wait."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        self.file = open(self.path, "w")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another process prepares the same data: waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        except OSError:
+            pass    # a file system without locks: the rename at the end still keeps the file whole
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def _options(request, sources):
+    """The options that change ids or flags; whatever else the data section holds does not belong to the key."""
+    data = request["data"]
+    chosen = {"sources": [
+        {key: source.mapping.get(key) for key in ("type", "role_mapping", "content_key", "column") if source.mapping.get(key)}
+        for source in sources
+    ]}
+    if request["type"] == "sft":
+        chosen["mask_inputs"] = data.get("mask_inputs", True)
+        chosen["ignore_empty_think"] = data.get("ignore_empty_think", False)
+    return chosen
+
+
+def _tokenizer_hashes(folder, at):
+    patterns = [pattern for pattern in TOKENIZER_PATTERNS if pattern != "config.json"]
+    paths = {path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))}
+    hashes = {}
+    for path in sorted(path for path in paths if os.path.isfile(path)):
+        with open(path, "rb") as file:
+            hashes[os.path.relpath(path, folder)] = hashlib.sha256(file.read()).hexdigest()
+    if not hashes:
+        raise UserError(f"{at}: expected a tokenizer (tokenizer.json) in {folder}, found none: give tokenizer.name_or_path")
+    return hashes
+
+
+def _cache_folder(data, where):
+    folder = os.path.abspath(os.path.expanduser(data.get("cache_dir") or "/tmp"))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise UserError(
+            f"{sources_.place(where, 'data.cache_dir')}: expected a folder that can be written, found {folder}: "
+            f"{error.strerror or one_line(error)}"
+        ) from error
+    return folder
+
+
+def _key(provenance):
+    """Names cannot matter, contents do: the sources' and tokenizer's names are left out where their files are hashed."""
+    def nameless(identity):
+        return {k: v for k, v in identity.items() if k != "name" or "fingerprint" in identity}
+
+    content = {**provenance, "sources": [nameless(s) for s in provenance["sources"]], "tokenizer": provenance["tokenizer"]["files"]}
+    for source in content["sources"]:
+        if "files" in source:    # where the files lie does not matter
+            source["options"] = {k: v for k, v in source["options"].items() if k != "kwargs"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m ulysses_plus.prepare", description="Makes the token file of a recipe's data.")
+    parser.add_argument("--request", required=True, help="a JSON file; see the head of this module")
+    arguments = parser.parse_args(argv)
+    try:
+        with open(arguments.request, encoding="utf-8") as file:
+            request = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{arguments.request}: expected a request as JSON: {one_line(error)}") from error
+    print(json.dumps(prepare(request)), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,133 @@
+"""Token files: what training reads. See docs/design.md.
+
+A safetensors file with `starts` I64 [n+1], `ids` I32 [T] and `trained` U8 [T], in this order, so that each is aligned;
+metadata of strings: format, vocabulary, provenance.
+"""
+
+import array
+import json
+import os
+import shutil
+import struct
+import sys
+
+FORMAT = "ulysses-tokens-1"
+
+
+class TokenFileWriter:
+    """Writes a token file without holding it: `append` documents, then `finish`.
+
+    ids and flags go to two files beside `path` first (5 bytes a token on disk, twice that while finishing). The file
+    appears under its name at once and whole: temporary file, fsync, rename.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.num_tokens = self.num_trained_tokens = self.longest = self.largest_id = 0
+        self.x_starts = array.array("q", [0])
+        self.x_names = [f"{path}.{os.getpid()}.{kind}" for kind in ("ids", "trained", "whole")]
+        self.x_ids, self.x_trained = open(self.x_names[0], "wb"), open(self.x_names[1], "wb")
+
+    @property
+    def num_samples(self):
+        return len(self.x_starts) - 1
+
+    def append(self, ids, flags):
+        """Adds one document: ids and flags (0 or 1), of equal length."""
+        assert len(ids) == len(flags)
+        self.x_ids.write(array.array("i", ids).tobytes())
+        self.x_trained.write(bytes(flags))
+        self.num_tokens += len(ids)
+        self.num_trained_tokens += sum(flags)
+        self.longest = max(self.longest, len(ids))
+        self.largest_id = max(self.largest_id, max(ids, default=0))
+        self.x_starts.append(self.num_tokens)
+
+    def summary(self):
+        return {
+            "num_samples": self.num_samples, "longest": self.longest, "num_tokens": self.num_tokens,
+            "num_trained_tokens": self.num_trained_tokens,
+        }
+
+    def finish(self, provenance):
+        """Puts the file together and renames it into place. `provenance` is a JSON-like dict; the summary joins it."""
+        self.x_ids.close()
+        self.x_trained.close()
+        header = make_header(self.num_samples, self.num_tokens, self.largest_id + 1, {**provenance, "summary": self.summary()})
+        try:
+            with open(self.x_names[2], "wb") as whole:
+                whole.write(header)
+                whole.write(_little(self.x_starts))
+                for name in self.x_names[:2]:
+                    with open(name, "rb") as part:
+                        shutil.copyfileobj(part, whole, 1 << 20)
+                whole.flush()
+                os.fsync(whole.fileno())
+            os.replace(self.x_names[2], self.path)
+            _sync_folder(os.path.dirname(self.path) or ".")
+        finally:
+            self.discard()
+
+    def discard(self):
+        """Removes what is left of the temporary files."""
+        self.x_ids.close()
+        self.x_trained.close()
+        for name in self.x_names:
+            if os.path.exists(name):
+                os.unlink(name)
+
+
+def make_header(num_samples, num_tokens, vocabulary, provenance):
+    """Returns the safetensors header (length and JSON, padded to 8 bytes) of a token file."""
+    ends = [8 * (num_samples + 1)]
+    ends += [ends[0] + 4 * num_tokens, ends[0] + 5 * num_tokens]
+    header = {
+        "__metadata__": {"format": FORMAT, "vocabulary": str(vocabulary), "provenance": json.dumps(provenance, sort_keys=True)},
+        "starts": {"dtype": "I64", "shape": [num_samples + 1], "data_offsets": [0, ends[0]]},
+        "ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [ends[0], ends[1]]},
+        "trained": {"dtype": "U8", "shape": [num_tokens], "data_offsets": [ends[1], ends[2]]},
+    }
+    text = json.dumps(header, ensure_ascii=True).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_summary(path):
+    """Returns (summary, vocabulary) of a token file, or None if it is not a whole one."""
+    try:
+        with open(path, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > 1 << 26:
+                return None
+            header = json.loads(file.read(size))
+        metadata = header["__metadata__"]
+        whole = 8 + size + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        if metadata["format"] != FORMAT or os.path.getsize(path) != whole:
+            return None
+        return json.loads(metadata["provenance"])["summary"], int(metadata["vocabulary"])
+    except (OSError, ValueError, KeyError, struct.error):
+        return None
+
+
+def read(path):
+    """Returns (ids, flags) as two lists of lists, one a document: for tests and small files."""
+    from safetensors.numpy import load_file
+
+    data = load_file(path)
+    cuts = list(zip(data["starts"][:-1].tolist(), data["starts"][1:].tolist()))
+    return [data["ids"][a:b].tolist() for a, b in cuts], [data["trained"][a:b].tolist() for a, b in cuts]
+
+
+def _little(numbers):
+    if sys.byteorder == "big":
+        numbers = array.array(numbers.typecode, numbers)
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
+def _sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

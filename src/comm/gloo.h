@@ -1,0 +1,67 @@
+// Messages between the ranks of one group, over c10d's Gloo transport. Everything of c10d is behind this header, in
+// gloo.cc. A message is completed by Gloo's own thread; nothing here computes.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace uly::comm {
+
+// A key-value store that all ranks see; groups find each other through it.
+class Store {
+ public:
+  struct Inside;
+  explicit Store(std::unique_ptr<Inside> inside);
+  ~Store();
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
+  Inside& inside() const { return *inside_; }
+
+ private:
+  std::unique_ptr<Inside> inside_;
+};
+
+struct TcpAddress {
+  std::string host;
+  int port = 0;
+  bool serves = false;          // this process holds the store's server
+  int64_t workers = 0;          // who must have come before the server goes on; 0: does not wait
+  std::chrono::milliseconds timeout{0};
+};
+
+// Throws std::exception with c10d's own words.
+std::shared_ptr<Store> open_tcp_store(const TcpAddress& address);
+
+// A store within this process, for ranks that are threads.
+std::shared_ptr<Store> make_thread_store();
+
+// A message on its way. Its memory must stay until wait() has returned, or until the message is destroyed, which gives it
+// up.
+class Message {
+ public:
+  virtual ~Message() = default;
+  // Throws std::exception with Gloo's words when the peer is gone or the time-out has passed.
+  virtual void wait() = 0;
+};
+
+// Connects the `size` ranks that give the same `name`; returns when all are connected.
+class Mesh {
+ public:
+  // `host`: the address this machine listens at; empty: its hostname.
+  Mesh(const Store& store, const std::string& name, int64_t rank, int64_t size, const std::string& host, std::chrono::milliseconds timeout);
+  ~Mesh();
+  Mesh(const Mesh&) = delete;
+  Mesh& operator=(const Mesh&) = delete;
+
+  // A send and a receive meet by (peer, tag). 0 <= tag < 2^31, 0 < bytes.
+  std::unique_ptr<Message> send(const void* data, int64_t bytes, int64_t to, int32_t tag);
+  std::unique_ptr<Message> receive(void* data, int64_t bytes, int64_t from, int32_t tag);
+
+ private:
+  struct Inside;
+  std::unique_ptr<Inside> inside_;
+};
+
+}  // namespace uly::comm

@@ -1,0 +1,131 @@
+#include "comm/world.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <exception>
+#include <numeric>
+#include <optional>
+#include <thread>
+
+#include "base/check.h"
+#include "comm/gloo.h"
+
+namespace uly::comm {
+namespace {
+
+std::optional<std::string> variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value && *value ? std::optional<std::string>(value) : std::nullopt;
+}
+
+int64_t number(const char* name, int64_t fallback, int64_t least) {
+  const std::optional<std::string> text = variable(name);
+  if (!text) return fallback;
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
+  ULY_USER_CHECK(error == std::errc() && end == text->data() + text->size() && value >= least, "environment variable {}: expected a whole number from {} on, found '{}'", name,
+                 least, *text);
+  return value;
+}
+
+bool is_loopback(const std::string& address) { return address == "localhost" || address == "::1" || address.starts_with("127."); }
+
+std::string first_line(const char* text) {
+  const std::string whole = text;
+  return whole.substr(0, whole.find('\n'));
+}
+
+std::shared_ptr<Store> open_store(const Rendezvous& r) {
+  TcpAddress address;
+  // By number where all is here: then the server listens at the loopback interface only.
+  address.host = r.one_machine && is_loopback(r.address) ? "127.0.0.1" : r.address;
+  address.port = r.port;
+  address.serves = r.rank == 0 && !r.served_elsewhere;
+  address.workers = r.served_elsewhere ? 0 : r.size;
+  address.timeout = r.timeout;
+  try {
+    return open_tcp_store(address);
+  } catch (const std::exception& e) {
+    const std::string why = first_line(e.what());
+    if (address.serves && (why.find("in use") != std::string::npos || why.find("EADDRINUSE") != std::string::npos))
+      user_error("port {} at {} is in use by another program; choose another with --master_port", r.port, r.address);
+    throw DeviceError(fmt::format("rank {}: the {} ranks did not meet at {}:{} within {} s: {}", r.rank, r.size, r.address, r.port,
+                                  std::chrono::duration_cast<std::chrono::seconds>(r.timeout).count(), why));
+  }
+}
+
+}  // namespace
+
+Rendezvous rendezvous_from_environment() {
+  Rendezvous r;
+  if (!variable("RANK") || !variable("WORLD_SIZE")) return r;
+  r.size = number("WORLD_SIZE", 1, 1);
+  r.rank = number("RANK", 0, 0);
+  ULY_USER_CHECK(r.rank < r.size, "environment variable RANK: expected a number below WORLD_SIZE = {}, found {}", r.size, r.rank);
+  r.address = variable("MASTER_ADDR").value_or(r.address);
+  r.port = static_cast<int>(number("MASTER_PORT", r.port, 1));
+  ULY_USER_CHECK(r.port < 65536, "environment variable MASTER_PORT: expected a port from 1 to 65535, found {}", r.port);
+  r.one_machine = is_loopback(r.address) || number("LOCAL_WORLD_SIZE", 0, 1) == r.size;
+  // torchrun's agent keeps the store at this address and numbers its restarts.
+  if (variable("TORCHELASTIC_USE_AGENT_STORE").value_or("") == "True") {
+    r.served_elsewhere = true;
+    r.prefix = fmt::format("ulysses/{}/", number("TORCHELASTIC_RESTART_COUNT", 0, 0));
+  }
+  return r;
+}
+
+World::World(Rendezvous rendezvous, std::shared_ptr<Store> store) : rendezvous_(std::move(rendezvous)), store_(std::move(store)) {
+  std::vector<int64_t> ranks(static_cast<size_t>(rendezvous_.size));
+  std::iota(ranks.begin(), ranks.end(), 0);
+  all_ = subgroup(ranks, "world");
+}
+World::World(World&&) noexcept = default;
+World& World::operator=(World&&) noexcept = default;
+World::~World() = default;
+
+World World::join(const Rendezvous& rendezvous) { return World(rendezvous, rendezvous.size > 1 ? open_store(rendezvous) : nullptr); }
+
+std::vector<World> World::threads(int64_t size, std::chrono::milliseconds timeout, int64_t piece_bytes) {
+  const std::shared_ptr<Store> store = size > 1 ? make_thread_store() : nullptr;
+  std::vector<std::optional<World>> made(static_cast<size_t>(size));
+  std::vector<std::exception_ptr> errors(made.size());
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < made.size(); ++i)
+    threads.emplace_back([&, i] {
+      try {
+        Rendezvous r;
+        r.rank = static_cast<int64_t>(i);
+        r.size = size;
+        r.timeout = timeout;
+        r.piece_bytes = piece_bytes;
+        made[i] = World(r, store);
+      } catch (...) {
+        errors[i] = std::current_exception();
+      }
+    });
+  for (std::thread& t : threads) t.join();
+  for (const std::exception_ptr& e : errors)
+    if (e) std::rethrow_exception(e);
+  std::vector<World> worlds;
+  for (std::optional<World>& w : made) worlds.push_back(std::move(*w));
+  return worlds;
+}
+
+std::unique_ptr<Group> World::subgroup(const std::vector<int64_t>& ranks, const std::string& name) {
+  const auto me = std::find(ranks.begin(), ranks.end(), rank());
+  ULY_CHECK(me != ranks.end(), "a rank makes only groups that it belongs to");
+  Members members{name, ranks, me - ranks.begin()};
+  if (ranks.size() == 1) return std::make_unique<Group>(std::move(members), nullptr, rendezvous_.piece_bytes);
+  std::string key = rendezvous_.prefix + name;
+  for (int64_t r : ranks) key += fmt::format(",{}", r);
+  std::unique_ptr<Mesh> mesh;
+  try {
+    mesh = std::make_unique<Mesh>(*store_, key, members.mine, static_cast<int64_t>(ranks.size()), rendezvous_.one_machine ? "127.0.0.1" : "", rendezvous_.timeout);
+  } catch (const std::exception& e) {
+    throw DeviceError(fmt::format("rank {}: could not connect to the {} ranks of group '{}': {}", rank(), ranks.size(), name, first_line(e.what())));
+  }
+  return std::make_unique<Group>(std::move(members), std::move(mesh), rendezvous_.piece_bytes);
+}
+
+}  // namespace uly::comm

@@ -1,0 +1,27 @@
+// A micro-batch as one rank sees it: documents one after the other, padded, labels shifted before the cut into P shards.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "data/token_file.h"
+
+namespace uly::data {
+
+inline constexpr int64_t kNoLabel = -100;
+
+struct Batch {
+  int64_t S = 0;                                  // padded length
+  std::vector<int64_t> ids, labels, positions;    // this rank's s = S / P tokens
+  std::vector<int64_t> document_starts;           // over S: 0, ..., S; padding is the last document
+  int64_t num_tokens = 0, num_trained = 0;        // of the whole micro-batch, without padding
+};
+
+// Documents: `samples` of `file` in order, then padding up to S. Rank p of P gets tokens [p S/P, (p+1) S/P).
+Batch make_batch(const TokenFile& file, const std::vector<int64_t>& samples, int64_t S, int64_t P, int64_t p);
+
+// Cuts the documents at the borders of shards: what attention sees that stays inside each rank. Starts are relative to
+// the shard of rank p.
+std::vector<int64_t> starts_within_shard(const std::vector<int64_t>& document_starts, int64_t S, int64_t P, int64_t p);
+
+}  // namespace uly::data

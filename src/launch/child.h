@@ -1,0 +1,24 @@
+// One child process: started with a given environment, never left behind.
+#pragma once
+
+#include <sys/types.h>
+
+#include <string>
+#include <vector>
+
+namespace uly::launch {
+
+struct ChildOptions {
+  std::vector<std::string> command;      // path and arguments
+  std::vector<std::string> environment;  // NAME=value
+  int out_fd = -1, error_fd = -1;        // become its stdout and stderr; -1: this process's own
+  bool own_group = false;                // a process group of its own: a terminal's Ctrl-C does not reach it
+};
+
+// Starts it and returns its pid. It is killed when this process dies. Throws UserError if it cannot be started.
+pid_t start_child(const ChildOptions& options);
+
+// "SIGKILL" for 9.
+std::string signal_name(int signal);
+
+}  // namespace uly::launch

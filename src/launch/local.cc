@@ -1,0 +1,287 @@
+#include "launch/local.h"
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <optional>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "launch/child.h"
+#include "launch/environment.h"
+
+namespace uly::launch {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+// Ranks that fail together are seen one after the other; after so long the first cause is chosen among those seen.
+constexpr milliseconds kSettle{300};
+// A rank that has said its error and does not end is quoted after so long.
+constexpr milliseconds kHold{5000};
+
+struct Rank {
+  int64_t rank = 0;
+  pid_t pid = -1;
+  int error_fd = -1;             // read end; -1 for rank 0 and after its end
+  std::string unfinished;        // a line without its end
+  std::string held;              // lines from "error: " on
+  Clock::time_point held_since{};
+  std::optional<int> status;     // as waitpid gave it
+
+  bool failed() const { return status && *status != 0; }
+  bool killed() const { return status && WIFSIGNALED(*status); }
+  bool saved() const { return status && WIFEXITED(*status) && WEXITSTATUS(*status) == static_cast<int>(Exit::kPreempted); }
+  int code() const { return killed() ? static_cast<int>(Exit::kDevice) : WEXITSTATUS(*status); }
+};
+
+void write_stderr(const std::string& text) {
+  for (size_t at = 0; at < text.size();) {
+    const ssize_t n = ::write(STDERR_FILENO, text.data() + at, text.size() - at);
+    if (n < 0 && errno != EINTR) return;  // nobody listens; the job goes on
+    if (n > 0) at += static_cast<size_t>(n);
+  }
+}
+
+// Blocks the signals that the watch reads from a descriptor; gives them back at the end.
+class Signals {
+ public:
+  Signals() {
+    std::signal(SIGCHLD, SIG_DFL);  // where it is ignored, ended children could not be waited for
+    sigset_t set;
+    ::sigemptyset(&set);
+    for (int s : {SIGINT, SIGTERM, SIGHUP, SIGCHLD}) ::sigaddset(&set, s);
+    ::sigprocmask(SIG_BLOCK, &set, &before_);
+    fd_ = ::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (fd_ < 0) throw DeviceError(fmt::format("signalfd: {}", std::strerror(errno)));
+  }
+  ~Signals() {
+    ::close(fd_);
+    ::sigprocmask(SIG_SETMASK, &before_, nullptr);
+  }
+  Signals(const Signals&) = delete;
+  Signals& operator=(const Signals&) = delete;
+
+  int fd() const { return fd_; }
+  // Returns the signals that came to be passed on.
+  std::vector<int> take() {
+    std::vector<int> came;
+    signalfd_siginfo info;
+    while (::read(fd_, &info, sizeof info) == sizeof info)
+      if (info.ssi_signo != SIGCHLD) came.push_back(static_cast<int>(info.ssi_signo));
+    return came;
+  }
+
+ private:
+  sigset_t before_;
+  int fd_ = -1;
+};
+
+class Watch {
+ public:
+  explicit Watch(const LocalJob& job) : job_(job) {}
+  ~Watch() {
+    kill_all(SIGKILL);
+    for (Rank& r : ranks_) {
+      if (r.pid > 0 && !r.status) ::waitpid(r.pid, nullptr, 0);
+      if (r.error_fd >= 0) ::close(r.error_fd);
+    }
+  }
+  Watch(const Watch&) = delete;
+  Watch& operator=(const Watch&) = delete;
+
+  int run() {
+    const int port = job_.master_port > 0 ? job_.master_port : free_port();
+    for (int64_t r = 0; r < job_.ranks; ++r) start(r, port);
+    while (std::any_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return !r.status; })) {
+      wait_for_news();
+      for (int signal : signals_.take()) pass_on(signal);
+      for (Rank& r : ranks_) read_errors(r);
+      reap();
+      act();
+    }
+    for (Rank& r : ranks_) read_errors(r);
+    return conclude();
+  }
+
+ private:
+  void start(int64_t rank, int port);
+  void wait_for_news();
+  void read_errors(Rank& r);
+  void take_line(Rank& r, const std::string& line);
+  void quote(Rank& r);
+  void reap();
+  void pass_on(int signal);
+  void act();
+  void choose_cause();
+  int conclude();
+  void kill_all(int signal) {
+    for (const Rank& r : ranks_)
+      if (r.pid > 0 && !r.status) ::kill(-r.pid, signal);
+  }
+
+  const LocalJob& job_;
+  Signals signals_;
+  std::vector<Rank> ranks_;
+  const Rank* cause_ = nullptr;                 // the rank that failed first
+  std::optional<Clock::time_point> failed_at_;  // when a failure was first seen
+  std::optional<Clock::time_point> stop_at_;    // when SIGTERM was sent to the rest
+  bool killed_rest_ = false;
+  int asked_to_end_ = 0;                        // the signal that was passed on
+};
+
+void Watch::start(int64_t rank, int port) {
+  const std::string threads = variable("OMP_NUM_THREADS").value_or(std::to_string(std::max<int64_t>(1, job_.cores / job_.ranks)));
+  ChildOptions options;
+  options.command = job_.command;
+  options.own_group = true;
+  options.environment = environment_with({{"RANK", std::to_string(rank)},
+                                          {"LOCAL_RANK", std::to_string(rank)},
+                                          {"WORLD_SIZE", std::to_string(job_.ranks)},
+                                          {"LOCAL_WORLD_SIZE", std::to_string(job_.ranks)},
+                                          {"MASTER_ADDR", "127.0.0.1"},
+                                          {"MASTER_PORT", std::to_string(port)},
+                                          {"OMP_NUM_THREADS", threads},
+                                          {"TORCHELASTIC_USE_AGENT_STORE", std::nullopt}});
+  Rank r;
+  r.rank = rank;
+  int ends[2] = {-1, -1};
+  if (rank > 0 && ::pipe2(ends, O_CLOEXEC) != 0) throw DeviceError(fmt::format("no pipe to rank {}: {}", rank, std::strerror(errno)));
+  if (rank > 0) {
+    ::fcntl(ends[0], F_SETFL, O_NONBLOCK);
+    options.error_fd = options.out_fd = ends[1];
+  }
+  r.error_fd = ends[0];
+  ranks_.push_back(r);
+  ranks_.back().pid = start_child(options);
+  ::setpgid(ranks_.back().pid, ranks_.back().pid);  // here too: a signal must not come before the child did it
+  if (rank > 0) ::close(ends[1]);
+}
+
+void Watch::wait_for_news() {
+  std::vector<pollfd> fds = {{signals_.fd(), POLLIN, 0}};
+  for (const Rank& r : ranks_)
+    if (r.error_fd >= 0) fds.push_back({r.error_fd, POLLIN, 0});
+  // Deadlines are few and coarse: look ten times a second while one is running.
+  const bool deadline = failed_at_ || std::any_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return !r.held.empty(); });
+  ::poll(fds.data(), fds.size(), deadline ? 100 : 1000);
+}
+
+void Watch::read_errors(Rank& r) {
+  if (r.error_fd < 0) return;
+  char buffer[4096];
+  ssize_t n = 0;
+  while ((n = ::read(r.error_fd, buffer, sizeof buffer)) > 0) r.unfinished.append(buffer, static_cast<size_t>(n));
+  const bool ended = n == 0;
+  if (ended && !r.unfinished.empty() && r.unfinished.back() != '\n') r.unfinished += '\n';
+  size_t first = 0;
+  for (size_t end; (end = r.unfinished.find('\n', first)) != std::string::npos; first = end + 1) take_line(r, r.unfinished.substr(first, end - first));
+  r.unfinished.erase(0, first);
+  if (!r.held.empty() && Clock::now() - r.held_since > kHold) quote(r);
+  if (!ended) return;
+  ::close(r.error_fd);
+  r.error_fd = -1;
+}
+
+void Watch::take_line(Rank& r, const std::string& line) {
+  const std::string text = fmt::format("[rank {}] {}\n", r.rank, line);
+  if (r.held.empty() && !line.starts_with("error: ")) return write_stderr(text);
+  if (r.held.empty()) r.held_since = Clock::now();
+  r.held += text;
+}
+
+void Watch::quote(Rank& r) {
+  write_stderr(r.held);
+  r.held.clear();
+}
+
+void Watch::reap() {
+  for (Rank& r : ranks_) {
+    int status = 0;
+    if (r.status || ::waitpid(r.pid, &status, WNOHANG) != r.pid) continue;
+    r.status = status;
+    if (r.failed() && !r.saved() && !failed_at_) failed_at_ = Clock::now();
+  }
+}
+
+void Watch::pass_on(int signal) {
+  if (asked_to_end_ == 0) {
+    asked_to_end_ = signal;
+    return kill_all(signal);
+  }
+  kill_all(SIGKILL);
+}
+
+void Watch::act() {
+  const auto now = Clock::now();
+  if (!failed_at_ || now - *failed_at_ < kSettle) return;
+  if (!stop_at_) {
+    choose_cause();
+    stop_at_ = now;
+    kill_all(SIGTERM);
+  } else if (!killed_rest_ && now - *stop_at_ > job_.grace) {
+    killed_rest_ = true;
+    kill_all(SIGKILL);
+  }
+}
+
+// A rank that died of a signal is the cause before one that ended by itself, and "a peer failed" (75) is the effect of
+// another's end, if there is one. Having saved and ended (85) is no failure: the others are left to do the same.
+void Watch::choose_cause() {
+  if (cause_) return;
+  const auto weight = [](const Rank& r) { return r.killed() ? 0 : r.saved() ? 3 : r.code() == static_cast<int>(Exit::kDevice) ? 2 : 1; };
+  for (const Rank& r : ranks_)
+    if (r.failed() && (!cause_ || weight(r) < weight(*cause_))) cause_ = &r;
+}
+
+int Watch::conclude() {
+  choose_cause();
+  for (Rank& r : ranks_) {
+    const bool echo = cause_ && &r != cause_ && r.failed() && (r.killed() || r.code() == static_cast<int>(Exit::kDevice) || r.code() == cause_->code());
+    if (!echo) quote(r);
+  }
+  if (!cause_) return 0;
+  if (asked_to_end_ != 0 && cause_->killed()) {
+    say("stopped by {}", signal_name(asked_to_end_));
+    return 128 + asked_to_end_;
+  }
+  const char* others = job_.ranks > 1 ? "; the other ranks were stopped" : "";
+  if (cause_->killed())
+    say("rank {} (pid {}) was killed by signal {} ({}){}", cause_->rank, cause_->pid, WTERMSIG(*cause_->status), signal_name(WTERMSIG(*cause_->status)), others);
+  else if (job_.ranks > 1 && !cause_->saved())
+    say("rank {} ended with exit code {}{}", cause_->rank, cause_->code(), others);
+  return cause_->code();
+}
+
+}  // namespace
+
+int run_local(const LocalJob& job) {
+  std::fflush(stdout);
+  return Watch(job).run();
+}
+
+int free_port() {
+  const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in at{};
+  at.sin_family = AF_INET;
+  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof at;
+  const bool found = fd >= 0 && ::bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at) == 0 && ::getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size) == 0;
+  const int error = errno;
+  if (fd >= 0) ::close(fd);
+  if (!found) throw DeviceError(fmt::format("no free port at 127.0.0.1: {}", std::strerror(error)));
+  return ntohs(at.sin_port);
+}
+
+}  // namespace uly::launch

@@ -1,0 +1,33 @@
+// A job's ranks as processes on this machine: started, watched, ended together.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace uly::launch {
+
+struct LocalJob {
+  std::vector<std::string> command;            // each rank runs it; its place is in its environment
+  int64_t ranks = 1;
+  int master_port = 0;                         // 0: a free one
+  int64_t cores = 1;                           // shared among the ranks: OMP_NUM_THREADS, unless that is set
+  std::chrono::milliseconds grace{5000};       // between SIGTERM and SIGKILL
+};
+
+// Runs the ranks until all have ended and returns the exit code of the one that failed first, or 0.
+//
+// Rank 0 speaks to this process's stdout and stderr; lines of the others come to stderr after "[rank 3] ". From a line
+// of theirs that begins with "error: " on, what they say is held back until it is known who failed first, so that one
+// failure is told once.
+//
+// When a rank fails the others get SIGTERM, and SIGKILL after `grace`. A rank that a signal ended counts as a failed
+// device: 75. SIGINT, SIGTERM and SIGHUP are passed on to the ranks, which may end as they see fit; a second one kills
+// them at once, and the result is 128 + the signal, as it is if they die of it. If this process dies they die.
+int run_local(const LocalJob& job);
+
+// A TCP port that nobody listens at on 127.0.0.1.
+int free_port();
+
+}  // namespace uly::launch

@@ -1,0 +1,198 @@
+#include "plan/explain.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+
+#include "base/shapes.h"
+#include "base/units.h"
+
+namespace uly::plan {
+namespace {
+
+// Collects lines for people and facts for programs side by side.
+class Writer {
+ public:
+  Writer(Plan& plan, const recipe::Recipe& r, const models::Spec& spec) : plan_(plan), r_(r), spec_(spec) {}
+
+  template <typename... Args>
+  void line(std::string subject, fmt::format_string<Args...> format, Args&&... args) {
+    plan_.lines.push_back({std::move(subject), fmt::format(format, std::forward<Args>(args)...)});
+  }
+
+  void model();
+  void mesh(const Machine& machine);
+  void sequence(const std::optional<DataFacts>& facts, const data::Selection& selection);
+  void heads();
+  void tiles();
+  void memory();
+  void batch();
+  void optimizer();
+  void offload(const Machine& machine);
+  void notes();
+
+ private:
+  Json& facts() { return plan_.facts; }
+
+  Plan& plan_;
+  const recipe::Recipe& r_;
+  const models::Spec& spec_;
+};
+
+void Writer::model() {
+  const models::Spec& m = spec_;
+  const int64_t parameters = models::num_parameters(m);
+  const std::string from = m.folder.empty() ? "shape from the table of well-known models" : m.folder;
+  line("model", "{} ({}, {} parameters, {}); {}", m.name, m.architecture, format_count(parameters), r_.model.dtype == Dtype::kBf16 ? "bf16" : "fp32", from);
+  if (m.randomly_initialized || r_.model.random_init) line("", "weights are initialised at random from seed {}", r_.seed);
+  facts()["model"] = {{"name", m.name}, {"architecture", m.architecture}, {"parameters", parameters}, {"dtype", name_of(r_.model.dtype)}, {"folder", m.folder}};
+}
+
+void Writer::mesh(const Machine& machine) {
+  const step::Mesh& mesh = plan_.mesh;
+  line("mesh", "{} rank{} on {} = {} replica{} x {} that share a sequence; weights, gradients and optimizer in {} shard{} (ZeRO-3)", mesh.W, mesh.W == 1 ? "" : "s", machine.cuda ? "GPUs" : "the CPU",
+       mesh.R(), mesh.R() == 1 ? "" : "s", mesh.P, mesh.W, mesh.W == 1 ? "" : "s");
+  facts()["mesh"] = {{"device", machine.cuda ? "cuda" : "cpu"}, {"world", mesh.W}, {"sequence_parallel", mesh.P}, {"replicas", mesh.R()}};
+}
+
+void Writer::sequence(const std::optional<DataFacts>& data, const data::Selection& selection) {
+  const int64_t S = plan_.planned_length, P = plan_.mesh.P;
+  line("sequence", "up to {} tokens a sample; the longest micro-batch has {} with padding, {} on each rank", format_count(plan_.max_length), format_count(S), format_count(S / P));
+  if (spec_.max_positions > 0 && plan_.max_length > spec_.max_positions)
+    line("", "max_length {} is beyond the model's {} positions: it has not been trained there", format_count(plan_.max_length), format_count(spec_.max_positions));
+  if (!plan_.options.exchange && P > 1) line("", "attention_scope: shard keeps attention inside each rank: a control for experiments, no sequence parallelism");
+  facts()["sequence"] = {{"max_length", plan_.max_length}, {"planned_length", S}, {"shard_tokens", S / P}};
+  if (!data) return;
+  line("data", "{} samples, {} tokens; {} longer than max_length {} dropped; longest {}", format_count(plan_.num_samples), format_count(selection.num_tokens), format_count(selection.num_dropped),
+       selection.num_dropped == 1 ? "was" : "were", format_count(selection.longest));
+  if (selection.longest_in_file * 2 <= plan_.max_length && !r_.data.pack_samples)
+    line("", "longest sample {} tokens: max_length {} is never reached because pack_samples is false ({})", format_count(selection.longest_in_file), format_count(plan_.max_length), r_.where("data.pack_samples"));
+  facts()["data"] = {{"samples", plan_.num_samples}, {"tokens", selection.num_tokens}, {"dropped", selection.num_dropped}, {"longest", selection.longest}, {"tokens_path", data->tokens_path}};
+}
+
+void Writer::heads() {
+  std::map<std::pair<int64_t, int64_t>, int64_t> ranks;
+  Json per_rank = Json::array();
+  const int64_t P = plan_.options.exchange_ranks();
+  for (int64_t p = 0; p < P; ++p) {
+    const ops::Heads h = step::heads_of_rank(spec_, P, p);
+    ++ranks[{h.n, h.k}];
+    per_rank.push_back({{"query", h.n}, {"key_value", h.k}});
+  }
+  std::string text;
+  for (const auto& [nk, count] : ranks) text += fmt::format("{}{}:{}{}", text.empty() ? "" : ", ", nk.first, nk.second, ranks.size() > 1 ? fmt::format(" on {} rank{}", count, count == 1 ? "" : "s") : "");
+  line("heads", "{} query, {} key-value of size {}; a rank attends with {} over the whole sequence", spec_.N, spec_.K, spec_.H, text);
+  facts()["heads"] = {{"query", spec_.N}, {"key_value", spec_.K}, {"size", spec_.H}, {"per_rank", per_rank}};
+}
+
+void Writer::tiles() {
+  const step::Options& o = plan_.options;
+  line("tiles", "MLP {} x {} tokens, logits and loss {} x {}; logits are never whole", ceil_div(o.s, o.mlp_tile), format_count(o.mlp_tile), ceil_div(o.s, o.loss_tile), format_count(o.loss_tile));
+  const auto count = [&](step::Keep k) { return std::count(o.keep.begin(), o.keep.end(), k); };
+  const int64_t all = count(step::Keep::kAll), projections = count(step::Keep::kProjections), input = count(step::Keep::kInput);
+  line("kept", "layer input, attention output and log-sum-exp in {} layers; q, k, v too in {}; gate and up too in {}; attention is never computed twice", spec_.L, projections + all, all);
+  facts()["tiles"] = {{"mlp_tokens", o.mlp_tile}, {"loss_tokens", o.loss_tile}};
+  facts()["kept_layers"] = {{"input", input}, {"projections", projections}, {"all", all}};
+}
+
+void Writer::memory() {
+  const Price& p = plan_.price;
+  const int64_t total = p.run_bytes + p.step_places.arena_bytes;
+  Json kinds = Json::object();
+  line("memory", "{} for {}: {} between steps + {} within one, most at {}", format_bytes(total), plan_.mesh.W == 1 ? "the one rank" : "each rank", format_bytes(p.run_bytes),
+       format_bytes(p.step_places.arena_bytes), p.peak_where);
+  for (int k = 0; k < ops::kNumKinds; ++k) {
+    const size_t i = static_cast<size_t>(k);
+    const int64_t bytes = p.run_by_kind[i] + p.peak_by_kind[i];
+    const std::string name = ops::name_of(static_cast<ops::Kind>(k));
+    kinds[name] = bytes;
+    if (bytes > 0) line("", "  {:<20} {:>12}", name, format_bytes(bytes));
+  }
+  facts()["bytes"] = {{"between_steps", p.run_bytes}, {"within_step", p.step_places.arena_bytes}, {"alive_at_peak", p.peak_bytes}, {"peak_where", p.peak_where}, {"by_kind", kinds}, {"total", total}, {"budget", plan_.budget_bytes}};
+  facts()["arithmetic"] = {{"gemm_flops", p.gemm_flops}, {"attention_flops", p.attention_flops}, {"exchanged_bytes", p.exchanged_bytes}, {"gathered_bytes", p.gathered_bytes}, {"scattered_bytes", p.scattered_bytes}};
+  facts()["fits"] = plan_.fits;
+  if (!plan_.fits) line("", "will not fit: {}", plan_.why_not);
+}
+
+void Writer::batch() {
+  const int64_t samples = r_.micro_batch_size * r_.gradient_accumulation_steps * plan_.mesh.R();
+  line("batch", "{} sample{} a step ({} x {} micro-batch{} x {} replica{}), at most {} tokens", samples, samples == 1 ? "" : "s", r_.micro_batch_size, r_.gradient_accumulation_steps,
+       r_.gradient_accumulation_steps == 1 ? "" : "es", plan_.mesh.R(), plan_.mesh.R() == 1 ? "" : "s", format_count(samples * plan_.max_length));
+  facts()["batch"] = {{"samples", samples}, {"tokens", samples * plan_.max_length}};
+  if (plan_.num_steps >= 0) {
+    line("steps", "{} ({} an epoch; the learning rate's schedule has {})", format_count(plan_.num_steps), format_count(plan_.steps_per_epoch), format_count(plan_.horizon));
+    facts()["steps"] = {{"run", plan_.num_steps}, {"per_epoch", plan_.steps_per_epoch}, {"horizon", plan_.horizon}};
+  } else if (r_.train_iters > 0 || r_.exit_iteration > 0) {
+    const int64_t most = r_.train_iters > 0 && r_.exit_iteration > 0 ? std::min(r_.train_iters, r_.exit_iteration) : std::max(r_.train_iters, r_.exit_iteration);
+    line("steps", "{}{}", r_.train_iters > 0 ? "" : "at most ", format_count(most));
+    facts()["steps"] = {{"at_most", most}};
+  } else {
+    line("steps", "known once the data is prepared (`ulysses prepare`)");
+    facts()["steps"] = nullptr;
+  }
+}
+
+void Writer::optimizer() {
+  line("optimizer", "AdamW, learning rate {:g} ({}, warm-up {:g} %), weight decay {:g}, clipping {}; fp32 master weights and moments, gradients summed in fp32, {} on the wire", r_.optimizer.learning_rate,
+       r_.scheduler.name, r_.scheduler.warmup_ratio * 100, r_.optimizer.weight_decay, r_.deepspeed.gradient_clipping > 0 ? fmt::format("{:g}", r_.deepspeed.gradient_clipping) : "off",
+       r_.deepspeed.wire_dtype == Dtype::kBf16 ? "bf16" : "fp32");
+  line("loss", "{}", r_.loss_reduction == recipe::LossReduction::kToken ? "mean over all trained tokens of a step, on every rank, replica and micro-batch" : "mean over micro-batches of the mean over their trained tokens");
+}
+
+// What became of the wishes about memory.
+void Writer::offload(const Machine& machine) {
+  const std::string on_cpu = "on the CPU everything is in host memory already";
+  const std::string later = "moving it off the GPU is not available yet";
+  const auto wish = [&](bool asked, const char* key) {
+    if (!asked) return;
+    const std::string& text = machine.cuda ? later : on_cpu;
+    line("", "{} ({}): {}", key, r_.where(key), text);
+    facts()["notes"].push_back({{"key", key}, {"where", r_.where(key)}, {"text", text}});
+  };
+  wish(r_.activation_checkpoint_cpu_offload, "activation_checkpoint_cpu_offload");
+  wish(r_.deepspeed.offload_optimizer, "deepspeed.zero_optimization.offload_optimizer");
+  wish(r_.deepspeed.offload_param, "deepspeed.zero_optimization.offload_param");
+}
+
+void Writer::notes() {
+  const auto list = [&](const char* subject, const char* name, const std::vector<recipe::Recipe::Note>& notes) {
+    bool first = true;
+    for (const recipe::Recipe::Note& n : notes) {
+      line(first ? subject : "", "{} ({}): {}", n.key, n.where, n.text);
+      facts()[name].push_back({{"key", n.key}, {"where", n.where}, {"text", n.text}});
+      first = false;
+    }
+  };
+  list("keys", "notes", r_.notes);
+  list("not yet", "later", r_.later);
+}
+
+}  // namespace
+
+void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, const std::optional<DataFacts>& facts, const data::Selection& selection) {
+  plan.facts = Json::object();
+  plan.facts["recipe"] = r.path;
+  plan.facts["notes"] = Json::array();
+  plan.facts["later"] = Json::array();
+  Writer w(plan, r, spec);
+  w.model();
+  w.mesh(machine);
+  w.sequence(facts, selection);
+  w.heads();
+  w.tiles();
+  w.memory();
+  w.batch();
+  w.optimizer();
+  w.notes();
+  w.offload(machine);
+  plan.facts["hash"] = plan.hash;
+}
+
+std::string text(const Plan& plan) {
+  std::string out;
+  for (const Line& line : plan.lines) out += fmt::format("{:<10} {}\n", line.subject, line.text);
+  return out;
+}
+
+}  // namespace uly::plan

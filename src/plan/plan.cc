@@ -1,0 +1,190 @@
+#include "plan/plan.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <numeric>
+#include <set>
+
+#include "base/check.h"
+#include "base/shapes.h"
+#include "base/units.h"
+#include "data/sampler.h"
+#include "data/token_file.h"
+#include "plan/explain.h"
+
+namespace uly::plan {
+namespace {
+
+constexpr int64_t kMiB = 1 << 20;
+
+// Bytes one tile of the MLP (gate, up, their product and its gradient) or of the logits may take.
+int64_t tile_budget_bytes(bool cuda) { return cuda ? 2048 * kMiB : 64 * kMiB; }
+
+int64_t tile_tokens(int64_t budget_bytes, int64_t bytes_per_token, int64_t s) { return std::clamp<int64_t>(budget_bytes / bytes_per_token / 64 * 64, std::min<int64_t>(64, s), s); }
+
+step::Mesh make_mesh(const recipe::Recipe& r, const models::Spec& spec, int64_t world) {
+  const int64_t P = r.sequence_parallel_size;
+  const std::string where = fmt::format("sequence_parallel_size ({})", r.where("sequence_parallel_size"));
+  ULY_USER_CHECK(P <= world && world % P == 0, "{}: expected a divisor of {} rank{}, found {}", where, world, world == 1 ? "" : "s", P);
+  ULY_USER_CHECK(P <= spec.N, "{}: {} ranks cannot share {} query heads: expected at most {}", where, P, spec.N, spec.N);
+  return {.W = world, .P = P, .rank = 0};
+}
+
+// Bytes one rank may use: memory.device of the recipe, or an equal part of what the machine has free.
+int64_t budget(const recipe::Recipe& r, const Machine& machine, int64_t world) {
+  if (r.memory_device_bytes > 0) return r.memory_device_bytes;
+  if (machine.cuda || machine.memory_bytes == 0) return 0;  // the GPU's memory is not known to this wing
+  return machine.memory_bytes / world;
+}
+
+// Tokens of the longest micro-batch: the longest samples that could come together.
+int64_t longest_micro_batch(const recipe::Recipe& r, int64_t max_length, const data::TokenFile* file, const data::Selection& selection) {
+  if (file == nullptr) return r.micro_batch_size * max_length;
+  std::vector<int64_t> lengths;
+  for (const int64_t i : selection.samples) lengths.push_back(file->length(i));
+  const size_t n = std::min(lengths.size(), static_cast<size_t>(r.micro_batch_size));
+  std::partial_sort(lengths.begin(), lengths.begin() + static_cast<int64_t>(n), lengths.end(), std::greater<>());
+  return std::accumulate(lengths.begin(), lengths.begin() + static_cast<int64_t>(n), int64_t{0});
+}
+
+Price price_costliest(const step::Model& model, Plan& plan) {
+  std::set<std::pair<int64_t, int64_t>> seen;
+  Price costliest;
+  for (int64_t p = 0; p < plan.mesh.P; ++p) {
+    const ops::Heads h = step::heads_of_rank(model.spec, plan.options.exchange_ranks(), plan.options.exchange ? p : 0);
+    if (!seen.insert({h.n, h.k}).second) continue;
+    step::Options o = plan.options;
+    o.mesh.rank = p;
+    Price price = price_step(model, o);
+    if (price.step_places.arena_bytes <= costliest.step_places.arena_bytes) continue;
+    costliest = std::move(price);
+    plan.costliest_rank = p;
+  }
+  return costliest;
+}
+
+int64_t total_bytes(const Price& p) { return p.run_bytes + p.step_places.arena_bytes; }
+
+// Keeps as much as fits: everything in as many layers as possible, then projections, then inputs only.
+void choose_kept(const step::Model& model, Plan& plan) {
+  const size_t L = static_cast<size_t>(model.spec.L);
+  const int64_t limit = plan.budget_bytes * 4 / 5;
+  // Level n keeps everything in its first n layers; beyond L, counted down: projections instead of inputs in the rest.
+  const auto price_with = [&](size_t all, size_t projections) {
+    plan.options.keep.assign(L, step::Keep::kInput);
+    for (size_t l = 0; l < L; ++l)
+      if (l < all) plan.options.keep[l] = step::Keep::kAll;
+      else if (l < all + projections) plan.options.keep[l] = step::Keep::kProjections;
+    plan.price = price_costliest(model, plan);
+    return total_bytes(plan.price) <= limit;
+  };
+  if (plan.budget_bytes == 0) {
+    price_with(0, 0);
+    return;
+  }
+  if (price_with(L, 0)) return;
+  const auto most = [&](auto fits) {  // the largest n <= L with fits(n); fits is monotonic
+    size_t low = 0, high = L;
+    while (low < high) {
+      const size_t middle = (low + high + 1) / 2;
+      if (fits(middle)) low = middle;
+      else high = middle - 1;
+    }
+    return low;
+  };
+  const size_t projections = most([&](size_t n) { return price_with(0, n); });
+  const size_t all = projections < L ? 0 : most([&](size_t n) { return price_with(n, L - n); });
+  price_with(all, all > 0 ? L - all : projections);
+  if (total_bytes(plan.price) <= plan.budget_bytes) return;
+  plan.fits = false;
+  plan.why_not = fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; lower data.max_length or use more ranks",
+                             format_bytes(total_bytes(plan.price)), format_bytes(plan.budget_bytes), format_bytes(plan.price.run_bytes), format_bytes(plan.price.step_places.arena_bytes));
+}
+
+std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Plan& plan) {
+  std::string text = r.normalized.dump() + spec.config.dump() + fmt::format("|{}|{}|{}|{}|{}", plan.mesh.W, plan.planned_length, plan.options.mlp_tile, plan.options.loss_tile, plan.num_samples);
+  for (const step::Keep k : plan.options.keep) text += static_cast<char>('0' + static_cast<int>(k));
+  const XXH128_hash_t h = XXH3_128bits(text.data(), text.size());
+  return fmt::format("{:016x}{:016x}", h.high64, h.low64);
+}
+
+}  // namespace
+
+Price price_step(const step::Model& model, const step::Options& options) {
+  Priced priced({options.mesh.P, options.mesh.W}, options.s);
+  const step::States states = step::make_states(priced, model.units, options);
+  step::micro_step(priced, model, options, states);
+  step::finish_gradients(priced, options, states);
+  step::update(priced, model, options, states);
+  return priced.price();
+}
+
+int64_t padded_length(const recipe::Recipe& r, int64_t max_length, int64_t P, int64_t tokens) {
+  const int64_t target = r.data.pad_to == recipe::PadTo::kMaxLength ? std::max(tokens, r.micro_batch_size * max_length) : round_up(std::max<int64_t>(tokens, 1), r.data.div_length);
+  return round_up(target, P);
+}
+
+step::Options options_for(const Plan& plan, int64_t rank, int64_t S) {
+  step::Options o = plan.options;
+  o.mesh.rank = rank;
+  o.s = S / plan.mesh.P;
+  return o;
+}
+
+Steps count_steps(const recipe::Recipe& r, int64_t R, int64_t num_samples) {
+  Steps s;
+  const int64_t micro_batches = ceil_div(num_samples, r.micro_batch_size * R);
+  s.per_epoch = ceil_div(micro_batches, r.gradient_accumulation_steps);
+  if (r.min_iterations > s.per_epoch) s.per_epoch = r.min_iterations;
+  s.horizon = r.train_iters > 0 ? r.train_iters : r.epochs * s.per_epoch;
+  s.run = s.horizon;
+  for (const int64_t exit : {r.exit_iteration, r.exit_iteration_this_run})
+    if (exit > 0) s.run = std::min(s.run, exit);
+  s.epochs = s.per_epoch > 0 ? ceil_div(s.horizon, s.per_epoch) : 0;
+  return s;
+}
+
+Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, const std::optional<DataFacts>& facts) {
+  Plan plan;
+  plan.mesh = make_mesh(r, spec, world);
+  plan.max_length = r.data.max_length > 0 ? r.data.max_length : spec.max_positions;
+  ULY_USER_CHECK(plan.max_length > 0, "data.max_length ({}): not given, and the model's configuration has no max_position_embeddings to take its place", r.where("data.max_length"));
+  ULY_USER_CHECK(spec.sliding_window == 0 || plan.max_length <= spec.sliding_window,
+                 "data.max_length ({}): {} is longer than the model's sliding window of {}, which is not supported: lower it, or set model.hf_config_kwargs.sliding_window to null for full attention",
+                 r.where("data.max_length"), format_count(plan.max_length), format_count(spec.sliding_window));
+  recipe::learning_rate(r.scheduler, r.optimizer.learning_rate, 0, 1);
+
+  std::optional<data::TokenFile> file;
+  data::Selection selection;
+  if (facts) {
+    file.emplace(facts->tokens_path);
+    ULY_USER_CHECK(file->vocabulary() <= spec.V, "{}: its token ids reach {}, the model's vocabulary has {}: use the model's own tokenizer", facts->tokens_path, file->vocabulary(), spec.V);
+    selection = data::select(*file, plan.max_length, r.data.filter_samples, r.where("data.max_length"));
+    plan.num_samples = static_cast<int64_t>(selection.samples.size());
+    ULY_USER_CHECK(plan.num_samples >= plan.mesh.R() || r.min_iterations > 0, "data.sources ({}): {} sample{} for {} replicas (world {} / sequence_parallel_size {}): give more data or fewer ranks",
+                   r.where("data.sources"), plan.num_samples, plan.num_samples == 1 ? "" : "s", plan.mesh.R(), plan.mesh.W, plan.mesh.P);
+    const Steps steps = count_steps(r, plan.mesh.R(), plan.num_samples);
+    plan.steps_per_epoch = steps.per_epoch, plan.horizon = steps.horizon, plan.num_steps = steps.run;
+  }
+
+  plan.planned_length = padded_length(r, plan.max_length, plan.mesh.P, longest_micro_batch(r, plan.max_length, file ? &*file : nullptr, selection));
+  step::Options& o = plan.options;
+  o.mesh = plan.mesh;
+  o.dtype = r.model.dtype;
+  o.wire = r.deepspeed.wire_dtype;
+  o.exchange = r.attention_scope == "sequence";
+  o.s = plan.planned_length / plan.mesh.P;
+  const int64_t element = bytes_of(o.dtype);
+  o.mlp_tile = tile_tokens(tile_budget_bytes(machine.cuda), 4 * spec.F * element, o.s);
+  o.loss_tile = tile_tokens(tile_budget_bytes(machine.cuda), spec.V * element, o.s);
+
+  const step::Model model(spec);
+  plan.budget_bytes = budget(r, machine, world);
+  choose_kept(model, plan);
+  plan.hash = hash_of(r, spec, plan);
+  explain(plan, r, spec, machine, facts, selection);
+  return plan;
+}
+
+}  // namespace uly::plan

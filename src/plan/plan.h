@@ -1,0 +1,75 @@
+// What will be done: a pure function of recipe, model and machine, the same on every rank, printable and hashed.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/json.h"
+#include "models/spec.h"
+#include "plan/price.h"
+#include "recipe/recipe.h"
+#include "step/decoder.h"
+
+namespace uly::plan {
+
+struct Machine {
+  bool cuda = false;
+  int64_t gpus = 0;           // visible
+  int64_t cores = 1;
+  int64_t memory_bytes = 0;   // what all local ranks may use together: free memory of the host, or of the control group
+  std::string words;          // "2 cores, 23.0 GiB"
+};
+
+// Reads /proc and the control group. `gpus` comes from launch.
+Machine this_machine(bool cuda, int64_t gpus);
+
+// What preparing the data has found out; absent before.
+struct DataFacts {
+  std::string tokens_path;
+  int64_t num_samples = 0, longest = 0, num_tokens = 0, num_trained_tokens = 0;
+};
+
+struct Line {
+  std::string subject, text;  // "attention heads" -> "32:8, 4:1 a rank"
+};
+
+struct Plan {
+  step::Mesh mesh;            // rank 0's place
+  int64_t max_length = 0;     // tokens of the longest sample that is trained
+  int64_t planned_length = 0; // tokens of the longest micro-batch that can occur, padded: what is priced
+  step::Options options;      // for planned_length
+  Price price;                // of the costliest rank
+  int64_t costliest_rank = 0;
+  int64_t budget_bytes = 0;   // for one rank; 0 where the machine is not known
+  bool fits = true;
+  std::string why_not;        // a sentence, where it does not fit
+  int64_t num_samples = -1;   // after filtering; -1 before the data is prepared
+  int64_t steps_per_epoch = -1, horizon = -1, num_steps = -1;
+  std::vector<Line> lines;    // what a person reads, in order
+  Json facts;                 // what `--json` prints
+  std::string hash;           // of recipe, model and choices; equal on all ranks
+};
+
+// Throws UserError for what the recipe asks and cannot be.
+Plan make(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, const std::optional<DataFacts>& data);
+
+// Options for a micro-batch whose padded length is S, on the given rank, with the plan's choices.
+step::Options options_for(const Plan& plan, int64_t rank, int64_t S);
+
+// Prices the programs of one rank.
+Price price_step(const step::Model& model, const step::Options& options);
+
+// Padded length of a micro-batch of `tokens`: to div_length (or max_length) and to a multiple of P.
+int64_t padded_length(const recipe::Recipe& recipe, int64_t max_length, int64_t P, int64_t tokens);
+
+// Optimizer steps: how many an epoch has, how long the schedule is, how many this run makes.
+struct Steps {
+  int64_t per_epoch = 0, horizon = 0, run = 0, epochs = 0;
+};
+Steps count_steps(const recipe::Recipe& recipe, int64_t R, int64_t num_samples);
+
+std::string text(const Plan& plan);
+
+}  // namespace uly::plan

@@ -1,0 +1,100 @@
+// The interpreter that prices a program: what every buffer costs over its life, where each lies, how much arithmetic and
+// traffic the program asks for. It computes nothing and needs milliseconds.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "ops/ops.h"
+#include "ops/places.h"
+
+namespace uly::plan {
+
+using ops::Places;
+
+struct Price {
+  int64_t run_bytes = 0;                             // weights and states, alive between steps
+  std::array<int64_t, ops::kNumKinds> run_by_kind{};
+  int64_t peak_bytes = 0;                            // the most that is alive at once within the program
+  std::array<int64_t, ops::kNumKinds> peak_by_kind{};  // at that moment
+  std::string peak_where;                            // "attention backward, layer 3"
+  Places run_places, step_places;
+  double gemm_flops = 0, attention_flops = 0;        // attention counts the causal half
+  double moved_bytes = 0;                            // by element-wise instructions
+  double exchanged_bytes = 0, gathered_bytes = 0, scattered_bytes = 0;  // sent by this rank
+};
+
+// Reads programs; price() may be asked once after all of them.
+class Priced final : public ops::Ops {
+ public:
+  explicit Priced(const std::array<int64_t, 2>& group_sizes, int64_t s);
+  Price price() const;
+
+  ops::Buffer make(int64_t rows, int64_t columns, Dtype dtype, ops::Kind kind, std::string_view what, ops::Life life, ops::Tier tier) override;
+  void release(const ops::Buffer& b) override;
+  ops::Buffer input(ops::Input which) override;
+  void zero(ops::Buffer y) override { moved({y}); }
+  void copy(ops::Buffer y, ops::Buffer x) override { moved({y, x}); }
+  void add(ops::Buffer y, ops::Buffer x) override { moved({y, y, x}); }
+  void mark(std::string_view where, int64_t layer) override;
+  void linear(ops::Buffer y, ops::Buffer x, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }
+  void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }
+  void linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer) override { gemm(dx.rows, dx.columns, dy.columns); }
+  void linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer) override { gemm(dw.rows, dw.columns, dy.rows); }
+  void add_bias(ops::Buffer y, ops::Buffer) override { moved({y, y}); }
+  void bias_grad(ops::Buffer, ops::Buffer dy) override { moved({dy}); }
+  void rms_norm(ops::Buffer y, ops::Buffer, ops::Buffer x, ops::Buffer, double) override { moved({y, x}); }
+  void rms_norm_grad(ops::Buffer dx, ops::Buffer, ops::Buffer dy, ops::Buffer x, ops::Buffer, ops::Buffer) override { moved({dx, dx, dy, x}); }
+  void head_norm(ops::Buffer y, ops::Buffer, ops::Buffer x, ops::Buffer, double) override { moved({y, x}); }
+  void head_norm_grad(ops::Buffer dx, ops::Buffer, ops::Buffer x, ops::Buffer, ops::Buffer) override { moved({dx, dx, x}); }
+  void rope_table(ops::Buffer table) override { moved({table}); }
+  void rope(ops::Buffer x, ops::Buffer table, int) override { moved({x, x, table}); }
+  void attention(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, const ops::Heads& heads) override;
+  void attention_grad(ops::Buffer dqkv, ops::Buffer d_o, ops::Buffer qkv, ops::Buffer o, ops::Buffer lse, const ops::Heads& heads) override;
+  void swiglu(ops::Buffer a, ops::Buffer gate_up) override { moved({a, gate_up}); }
+  void swiglu_grad(ops::Buffer gate_up, ops::Buffer a, ops::Buffer da) override { moved({gate_up, gate_up, a, da}); }
+  void cross_entropy(ops::Buffer logits, ops::Buffer, ops::Buffer) override { moved({logits, logits, logits}); }
+  void sum_loss(ops::Buffer, ops::Buffer loss) override { moved({loss}); }
+  void embed(ops::Buffer h, ops::Buffer, ops::Buffer) override { moved({h, h}); }
+  void embed_grad(ops::Buffer, ops::Buffer dh, ops::Buffer) override { moved({dh, dh, dh}); }
+  void pack_columns(ops::Buffer send, ops::Buffer, const ops::ColumnBlocks&) override { moved({send, send}); }
+  void unpack_columns(ops::Buffer, ops::Buffer received, const ops::ColumnBlocks&) override { moved({received, received}); }
+  ops::Event all_to_all(ops::Buffer received, ops::Buffer send, ops::Group group, const std::vector<int64_t>& receive, const std::vector<int64_t>& send_elements) override;
+  ops::Event all_gather(ops::Buffer whole, ops::Buffer shard, ops::Group group) override;
+  ops::Event scatter(ops::Buffer received, ops::Buffer whole, ops::Group group) override;
+  void sum_pieces(ops::Buffer shard, ops::Buffer received, int64_t) override { moved({shard, shard, received}); }
+  ops::Event all_reduce(ops::Buffer, ops::Group) override { return {}; }
+  void wait(ops::Event) override {}
+  void squared_norm(ops::Buffer, ops::Buffer x) override { moved({x}); }
+  void adamw(ops::Buffer, ops::Buffer, ops::Buffer, ops::Buffer, ops::Buffer gradient, ops::Buffer, const ops::UpdateRange& range) override;
+
+ private:
+  struct Life {
+    int64_t bytes = 0, birth = 0, death = -1;
+  };
+  void gemm(int64_t m, int64_t n, int64_t k) { price_.gemm_flops += 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k); }
+  void moved(std::initializer_list<ops::Buffer> buffers);
+
+  std::array<int64_t, 2> group_sizes_;
+  std::array<ops::Buffer, 3> inputs_;
+  Price price_;
+  std::vector<Life> run_, step_;
+  std::vector<ops::Kind> kinds_;                 // of step buffers
+  std::array<int64_t, ops::kNumKinds> live_by_kind_{};
+  int64_t live_ = 0, clock_ = 0;
+  std::string where_;
+  int64_t layer_ = -1;
+  double sent_bytes_total(const std::vector<int64_t>& elements, Dtype dtype) const;
+};
+
+// Gives every buffer a place such that no two that are alive together overlap: largest first, lowest place that is free.
+// `birth` and `death` are times; death < 0 means never.
+struct Lifetime {
+  int64_t bytes, birth, death;
+};
+Places place(const std::vector<Lifetime>& lives);
+
+}  // namespace uly::plan

@@ -1,0 +1,185 @@
+#include "step/block.h"
+
+#include <algorithm>
+
+namespace uly::step {
+
+using ops::Buffer;
+using ops::Held;
+using ops::Kind;
+
+LayerViews layer_views(const models::Spec& spec, const Buffer& flat) {
+  const models::LayerOffsets at = models::layer_offsets(spec);
+  const auto view = [&](int64_t offset, int64_t rows, int64_t columns) { return offset < 0 ? Buffer{} : flat.view(offset, rows, columns); };
+  LayerViews v;
+  v.norm1_D = view(at.norm1_D, 1, spec.D);
+  v.qkv_OD = view(at.qkv_OD, spec.qkv_columns(), spec.D);
+  v.qkv_bias_O = view(at.qkv_bias_O, 1, spec.qkv_columns());
+  v.q_norm_H = view(at.q_norm_H, 1, spec.H);
+  v.k_norm_H = view(at.k_norm_H, 1, spec.H);
+  v.o_DO = view(at.o_DO, spec.D, spec.query_columns());
+  v.o_bias_D = view(at.o_bias_D, 1, spec.D);
+  v.norm2_D = view(at.norm2_D, 1, spec.D);
+  v.gate_up_2FD = view(at.gate_up_2FD, 2 * spec.F, spec.D);
+  v.gate_up_bias_2F = view(at.gate_up_bias_2F, 1, 2 * spec.F);
+  v.down_DF = view(at.down_DF, spec.D, spec.F);
+  v.down_bias_D = view(at.down_bias_D, 1, spec.D);
+  return v;
+}
+
+Held Block::project(const LayerViews& w, Buffer h_sD, Saved* keep) const {
+  const int64_t s = options_.s, NH = spec_.query_columns(), KH = spec_.key_columns();
+  Held qkv_s = make(s, spec_.qkv_columns(), Kind::kActivations, "q, k, v");
+  ops_.linear(qkv_s, h_sD, w.qkv_OD);
+  if (w.qkv_bias_O.exists()) ops_.add_bias(qkv_s, w.qkv_bias_O);
+  const Buffer qk = (*qkv_s).column_range(0, NH + KH), q = qk.column_range(0, NH), k = qk.column_range(NH, KH);
+  if (spec_.qk_norm) {
+    Held rstd = make(s, spec_.N + spec_.K, Kind::kSaved, "q/k norm", Dtype::kF32);
+    if (keep) {
+      keep->raw_qk = make(s, NH + KH, Kind::kSaved, "q, k before their norm");
+      ops_.copy(keep->raw_qk, qk);
+    }
+    ops_.head_norm(q, (*rstd).column_range(0, spec_.N), q, w.q_norm_H, spec_.norm_eps);
+    ops_.head_norm(k, (*rstd).column_range(spec_.N, spec_.K), k, w.k_norm_H, spec_.norm_eps);
+    if (keep) keep->rstd_qk = std::move(rstd);
+  }
+  ops_.rope(qk, table_sH_, +1);
+  return qkv_s;
+}
+
+void Block::output_projection(const LayerViews& w, Buffer y_sD, Buffer o_sNH, Buffer x_sD) const {
+  ops_.linear_add(y_sD, o_sNH, w.o_DO, x_sD);
+  if (w.o_bias_D.exists()) ops_.add_bias(y_sD, w.o_bias_D);
+}
+
+void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h_sD, Buffer gate_up_s2F) const {
+  const int64_t s = options_.s, tile = std::min(options_.mlp_tile, s), F = spec_.F;
+  Held scratch_t2F, a_tF = make(tile, F, Kind::kActivations, "MLP activation tile");
+  if (!gate_up_s2F.exists()) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
+  for (int64_t first = 0; first < s; first += tile) {
+    const int64_t t = std::min(tile, s - first);
+    const Buffer gate_up = gate_up_s2F.exists() ? gate_up_s2F.row_range(first, t) : (*scratch_t2F).row_range(0, t);
+    const Buffer a = (*a_tF).row_range(0, t), y = y_sD.row_range(first, t);
+    ops_.linear(gate_up, h_sD.row_range(first, t), w.gate_up_2FD);
+    if (w.gate_up_bias_2F.exists()) ops_.add_bias(gate_up, w.gate_up_bias_2F);
+    ops_.swiglu(a, gate_up);
+    ops_.linear_add(y, a, w.down_DF, x1_sD.row_range(first, t));
+    if (w.down_bias_D.exists()) ops_.add_bias(y, w.down_bias_D);
+  }
+}
+
+Held Block::forward(const LayerViews& w, Held x_sD, Keep keep, Saved& saved, int64_t layer) const {
+  const int64_t s = options_.s, D = spec_.D;
+  const bool projections = keep >= Keep::kProjections;
+  ops_.mark("attention forward", layer);
+  {
+    Held qkv_S;
+    {
+      Held h_sD = make(s, D, Kind::kActivations, "normed input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+      ops_.rms_norm(h_sD, rstd_s, x_sD, w.norm1_D, spec_.norm_eps);
+      qkv_S = ulysses_.qkv_to_heads(project(w, h_sD, projections ? &saved : nullptr));
+    }
+    const ops::Heads& heads = ulysses_.heads();
+    Held o_SnH = make(options_.S(), heads.n * heads.H, Kind::kSaved, "attention output");
+    saved.lse_Sn = make(options_.S(), heads.n, Kind::kSaved, "attention log-sum-exp", Dtype::kF32);
+    ops_.attention(o_SnH, saved.lse_Sn, qkv_S, heads);
+    if (projections) saved.qkv_S = std::move(qkv_S);
+    qkv_S.reset();
+    saved.o_sNH = ulysses_.output_to_tokens(std::move(o_SnH));
+  }
+  ops_.mark("MLP forward", layer);
+  Held y_sD = make(s, D, Kind::kSaved, "layer input");
+  Held h_sD = make(s, D, Kind::kActivations, "normed MLP input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+  if (projections) saved.x1_sD = make(s, D, Kind::kSaved, "MLP input");
+  const Buffer x1_sD = projections ? *saved.x1_sD : *y_sD;  // where it is not kept, the layer's output is built in its place
+  output_projection(w, x1_sD, saved.o_sNH, x_sD);
+  ops_.rms_norm(h_sD, rstd_s, x1_sD, w.norm2_D, spec_.norm_eps);
+  if (keep == Keep::kAll) saved.gate_up_s2F = make(s, 2 * spec_.F, Kind::kSaved, "gate and up");
+  mlp_forward(w, y_sD, x1_sD, h_sD, saved.gate_up_s2F);
+  saved.x_sD = std::move(x_sD);
+  return y_sD;
+}
+
+void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, Buffer dy_sD) const {
+  const int64_t s = options_.s, tile = std::min(options_.mlp_tile, s), D = spec_.D, F = spec_.F;
+  if (!saved.x1_sD.exists()) {
+    saved.x1_sD = make(s, D, Kind::kActivations, "MLP input, rebuilt");
+    output_projection(w, saved.x1_sD, saved.o_sNH, saved.x_sD);
+  }
+  Held h_sD = make(s, D, Kind::kActivations, "normed MLP input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+  ops_.rms_norm(h_sD, rstd_s, saved.x1_sD, w.norm2_D, spec_.norm_eps);
+  Held dh_sD = make(s, D, Kind::kActivations, "gradient of the normed MLP input");
+  Held scratch_t2F, a_tF = make(tile, F, Kind::kActivations, "MLP activation tile"), da_tF = make(tile, F, Kind::kActivations, "MLP gradient tile");
+  const bool kept = saved.gate_up_s2F.exists();
+  if (!kept) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
+  for (int64_t first = 0; first < s; first += tile) {
+    const int64_t t = std::min(tile, s - first);
+    const Buffer gate_up = kept ? (*saved.gate_up_s2F).row_range(first, t) : (*scratch_t2F).row_range(0, t);
+    const Buffer h = (*h_sD).row_range(first, t), a = (*a_tF).row_range(0, t), da = (*da_tF).row_range(0, t), dy = dy_sD.row_range(first, t);
+    if (!kept) {
+      ops_.linear(gate_up, h, w.gate_up_2FD);
+      if (w.gate_up_bias_2F.exists()) ops_.add_bias(gate_up, w.gate_up_bias_2F);
+    }
+    ops_.linear_dx(da, dy, w.down_DF);
+    ops_.swiglu_grad(gate_up, a, da);
+    ops_.linear_dw(dw.down_DF, dy, a);
+    ops_.linear_dw(dw.gate_up_2FD, gate_up, h);
+    if (dw.gate_up_bias_2F.exists()) ops_.bias_grad(dw.gate_up_bias_2F, gate_up);
+    ops_.linear_dx((*dh_sD).row_range(first, t), gate_up, w.gate_up_2FD);
+  }
+  saved.gate_up_s2F.reset();
+  if (dw.down_bias_D.exists()) ops_.bias_grad(dw.down_bias_D, dy_sD);
+  ops_.rms_norm_grad(dy_sD, dw.norm2_D, dh_sD, saved.x1_sD, rstd_s, w.norm2_D);
+  saved.x1_sD.reset();
+}
+
+void Block::rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, const Saved& saved, Buffer dqkv_s) const {
+  const int64_t NH = spec_.query_columns(), KH = spec_.key_columns();
+  const Buffer dqk = dqkv_s.column_range(0, NH + KH);
+  ops_.rope(dqk, table_sH_, -1);
+  if (!spec_.qk_norm) return;
+  const Buffer raw = saved.raw_qk, rstd = saved.rstd_qk;
+  ops_.head_norm_grad(dqk.column_range(0, NH), dw.q_norm_H, raw.column_range(0, NH), rstd.column_range(0, spec_.N), w.q_norm_H);
+  ops_.head_norm_grad(dqk.column_range(NH, KH), dw.k_norm_H, raw.column_range(NH, KH), rstd.column_range(spec_.N, spec_.K), w.k_norm_H);
+}
+
+void Block::attention_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, Buffer dy_sD) const {
+  const int64_t s = options_.s, D = spec_.D;
+  const ops::Heads& heads = ulysses_.heads();
+  Held h_sD = make(s, D, Kind::kActivations, "normed input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+  ops_.rms_norm(h_sD, rstd_s, saved.x_sD, w.norm1_D, spec_.norm_eps);
+  if (!saved.qkv_S.exists()) saved.qkv_S = ulysses_.qkv_to_heads(project(w, h_sD, &saved));
+
+  ops_.linear_dw(dw.o_DO, dy_sD, saved.o_sNH);
+  if (dw.o_bias_D.exists()) ops_.bias_grad(dw.o_bias_D, dy_sD);
+  Held do_SnH;
+  {
+    Held do_sNH = make(s, spec_.query_columns(), Kind::kActivations, "gradient of the attention output");
+    ops_.linear_dx(do_sNH, dy_sD, w.o_DO);
+    do_SnH = ulysses_.alone() ? std::move(do_sNH) : ulysses_.output_to_heads(do_sNH);
+  }
+  Held o_SnH = ulysses_.alone() ? std::move(saved.o_sNH) : ulysses_.output_to_heads(saved.o_sNH);
+  saved.o_sNH.reset();
+  Held dqkv_S = make(options_.S(), (heads.n + 2 * heads.k) * heads.H, Kind::kActivations, "gradient of q, k, v of my heads");
+  ops_.attention_grad(dqkv_S, do_SnH, saved.qkv_S, o_SnH, saved.lse_Sn, heads);
+  saved.qkv_S.reset();
+  saved.lse_Sn.reset();
+  do_SnH.reset();
+  o_SnH.reset();
+
+  Held dqkv_s = ulysses_.qkv_grad_to_tokens(std::move(dqkv_S));
+  rope_and_norm_backward(w, dw, saved, dqkv_s);
+  ops_.linear_dw(dw.qkv_OD, dqkv_s, h_sD);
+  if (dw.qkv_bias_O.exists()) ops_.bias_grad(dw.qkv_bias_O, dqkv_s);
+  ops_.linear_dx(h_sD, dqkv_s, w.qkv_OD);
+  ops_.rms_norm_grad(dy_sD, dw.norm1_D, h_sD, saved.x_sD, rstd_s, w.norm1_D);
+}
+
+void Block::backward(const LayerViews& w, const LayerViews& dw, Saved saved, Buffer dy_sD, int64_t layer) const {
+  ops_.mark("MLP backward", layer);
+  mlp_backward(w, dw, saved, dy_sD);
+  ops_.mark("attention backward", layer);
+  attention_backward(w, dw, saved, dy_sD);
+}
+
+}  // namespace uly::step

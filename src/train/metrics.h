@@ -1,0 +1,44 @@
+// What a run tells of each step: one JSON object a line in a file, one line on the terminal.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <fstream>
+#include <string>
+
+#include "models/spec.h"
+#include "recipe/recipe.h"
+
+namespace uly::train {
+
+struct StepFigures {
+  int64_t iter = 0;             // optimizer steps made, this one included
+  double epoch = 0;
+  double loss = 0, learning_rate = 0, grad_norm = 0;
+  double seqlen = 0;            // mean tokens of a micro-batch
+  int64_t tokens = 0, trained_tokens = 0;  // of the whole step, over all replicas, without padding
+  double sum_squared_lengths = 0;          // of its documents
+  double step_seconds = 0;      // forward, backward, update
+  double iter_seconds = 0;      // since the last step ended: loading, saving included
+};
+
+class Metrics {
+ public:
+  // Creates the file's folder, appends to the file. `total_steps` and `ranks` are for progress and per-rank figures.
+  Metrics(const recipe::Recipe& recipe, const models::Spec& spec, int64_t total_steps, int64_t ranks, bool on);
+
+  void step(const StepFigures& f);
+
+ private:
+  double teraflops(const StepFigures& f) const;
+
+  const models::Spec& spec_;
+  int64_t total_steps_, ranks_;
+  bool on_;
+  std::string path_;
+  std::ofstream file_;
+  std::chrono::steady_clock::time_point begin_;
+  int64_t seen_ = 0;
+};
+
+}  // namespace uly::train

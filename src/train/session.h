@@ -1,0 +1,73 @@
+// What a rank holds for the length of a run: its place among the ranks, the plan, the engine and the states in it.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+
+#include "comm/world.h"
+#include "data/batch.h"
+#include "data/token_file.h"
+#include "engine/engine.h"
+#include "plan/plan.h"
+#include "recipe/recipe.h"
+#include "step/decoder.h"
+#include "train/train.h"
+
+namespace uly::train {
+
+class Session {
+ public:
+  // Collective over the world: compares what every rank is about to do, and loads the weights.
+  Session(const Job& job, comm::World& world);
+
+  // Forward and backward of one micro-batch. `scale` of the loss and its gradient.
+  void micro_step(const data::Batch& batch, double scale);
+  // Sums over all ranks; afterwards loss() and squared_norm() are those of the step.
+  void finish_gradients();
+  void update(double learning_rate, int64_t step);
+
+  double loss() const { return engine_->scalar(states_.loss_total); }
+  double squared_norm() const { return engine_->scalar(states_.norm_total); }
+  // The unit whose gradient is not finite and that backward reached first, over all ranks; empty if there is none.
+  std::string where_not_finite();
+
+  bool first() const { return world_.rank() == 0; }
+  comm::World& world() { return world_; }
+  const recipe::Recipe& recipe() const { return recipe_; }
+  const models::Spec& spec() const { return model_->spec; }
+  const std::vector<models::Unit>& units() const { return model_->units; }
+  const plan::Plan& plan() const { return plan_; }
+  const step::Mesh& mesh() const { return mesh_; }
+  const std::string& tokenizer_folder() const { return tokenizer_folder_; }
+  const data::TokenFile& tokens() const { return *tokens_; }
+  engine::Engine& engine() { return *engine_; }
+
+  // The whole of a unit's weights (compute dtype) or gradients (fp32), as bytes. Collective.
+  std::vector<uint8_t> gather_weights(size_t unit) { return gather(states_.units[unit].weight); }
+  std::vector<uint8_t> gather_gradient(size_t unit) { return gather(states_.units[unit].gradient); }
+
+ private:
+  struct Program {
+    step::Options options;
+    ops::Places places;
+  };
+  const Program& program_for(int64_t S);
+  void agree();
+  void load_weights();
+  std::vector<uint8_t> gather(const ops::Buffer& shard);
+
+  comm::World& world_;
+  recipe::Recipe recipe_;
+  std::string tokenizer_folder_;
+  std::optional<data::TokenFile> tokens_;
+  std::unique_ptr<step::Model> model_;
+  plan::Plan plan_;
+  step::Mesh mesh_;
+  std::unique_ptr<comm::Group> sequence_;
+  std::unique_ptr<engine::Engine> engine_;
+  step::States states_;
+  std::map<int64_t, Program> programs_;  // by padded length
+};
+
+}  // namespace uly::train

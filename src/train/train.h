@@ -1,0 +1,29 @@
+// One rank's part of a training run, from the recipe to the saved checkpoint.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace uly::comm {
+class World;
+}
+
+namespace uly::train {
+
+struct Job {
+  std::string recipe_path;
+  std::vector<std::string> overrides;
+  std::string model_folder;   // where config.json and the weights lie
+  std::string tokenizer_folder;  // what is saved beside the weights; empty: the model's
+  std::string tokens_path;    // what `prepare` has written
+  std::string dump_folder;    // if not empty: step_N.safetensors there holds the loss and every gradient of step N
+  bool cuda = false;
+};
+
+// Joins the ranks named by the environment, trains, saves. Returns the process's exit code; throws Error.
+int run(const Job& job);
+
+// The same, as one rank of a world that has been joined.
+int run(const Job& job, comm::World& world);
+
+}  // namespace uly::train

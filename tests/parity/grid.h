@@ -1,0 +1,35 @@
+// Runs whole trainings of tiny models in this process, a thread a rank, and reads back their losses and gradients.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace uly::parity {
+
+struct Shape {
+  std::string family = "llama";
+  int64_t D = 32, F = 48, N = 4, K = 2, H = 8, V = 97, L = 2;
+  bool tied = false;
+};
+
+struct Run {
+  Shape shape;
+  int64_t W = 1, P = 1, accumulation = 1, micro_batch = 1, steps = 2, div_length = 1;
+  std::vector<int64_t> lengths = {37, 5, 64, 1, 50, 23, 41, 16};
+  std::string extra;      // more lines of the recipe
+  std::string dtype = "fp32";
+};
+
+struct Result {
+  std::vector<double> losses;                                      // a step
+  std::vector<std::map<std::string, std::vector<float>>> gradients;  // a step, by name
+};
+
+Result train(const Run& run);
+
+// Largest difference between gradients of the same name, relative to the norm (at least 1e-3 of the largest norm).
+double gradient_difference(const Result& a, const Result& b);
+
+}  // namespace uly::parity

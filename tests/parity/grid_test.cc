@@ -1,0 +1,104 @@
+// P ranks equal one rank: losses and every gradient, over meshes, accumulation, ragged lengths and masks.
+#include <gtest/gtest.h>
+
+#include "grid.h"
+
+namespace uly::parity {
+namespace {
+
+void expect_equal(const Result& a, const Result& b, const std::string& what, double tolerance = 1e-5) {
+  ASSERT_EQ(a.losses.size(), b.losses.size());
+  for (size_t i = 0; i < a.losses.size(); ++i) EXPECT_NEAR(a.losses[i], b.losses[i], tolerance * std::abs(a.losses[i])) << what << ", step " << i + 1;
+  EXPECT_LT(gradient_difference(a, b), tolerance) << what;
+}
+
+struct Point {
+  int64_t W, P, accumulation;
+};
+
+class GridTest : public testing::TestWithParam<Point> {};
+
+TEST_P(GridTest, EveryMeshEqualsOneRank) {
+  const auto [W, P, accumulation] = GetParam();
+  Run run;
+  run.shape.N = 8, run.shape.K = 2;
+  run.lengths = {37, 5, 64, 1, 50, 23, 41, 16, 29, 33, 2, 60, 18, 44, 7, 12, 3, 27, 55, 31, 9, 48, 21, 39, 26, 62, 14, 8, 35, 52, 11, 19, 6, 45, 24, 17};
+  Run one = run;
+  one.accumulation = accumulation * W / P;
+  run.W = W, run.P = P, run.accumulation = accumulation;
+  if (accumulation * W / P > 18) run.steps = one.steps = 1;
+  expect_equal(train(one), train(run), fmt::format("W {} P {} accumulation {}", W, P, accumulation));
+}
+
+INSTANTIATE_TEST_SUITE_P(Meshes, GridTest,
+                         testing::Values(Point{1, 1, 4}, Point{2, 1, 1}, Point{2, 1, 4}, Point{2, 2, 1}, Point{2, 2, 4}, Point{4, 1, 1}, Point{4, 1, 4}, Point{4, 2, 1}, Point{4, 2, 4}, Point{4, 4, 1},
+                                         Point{4, 4, 4}, Point{8, 1, 1}, Point{8, 1, 4}, Point{8, 2, 1}, Point{8, 2, 4}, Point{8, 4, 1}, Point{8, 4, 4}, Point{8, 8, 1}, Point{8, 8, 4}),
+                         [](const auto& p) { return fmt::format("W{}P{}A{}", p.param.W, p.param.P, p.param.accumulation); });
+
+TEST(ParityTest, UnevenHeads28On8Ranks) {
+  Run one;
+  one.shape.N = 28, one.shape.K = 4, one.shape.D = 56;
+  Run eight = one;
+  eight.W = eight.P = 8;
+  expect_equal(train(one), train(eight), "28:4 heads");
+}
+
+TEST(ParityTest, UnevenHeads6On4RanksWithEveryFamily) {
+  for (const char* family : {"llama", "qwen2", "qwen3", "mistral"}) {
+    Run one;
+    one.shape.family = family;
+    one.shape.N = 6, one.shape.K = 2, one.shape.tied = std::string(family) == "qwen2";
+    Run four = one;
+    four.W = four.P = 4;
+    expect_equal(train(one), train(four), family);
+  }
+}
+
+TEST(ParityTest, MultiQueryOnTwoRanksWithTiedEmbeddings) {
+  Run one;
+  one.shape.K = 1, one.shape.tied = true;
+  Run two = one;
+  two.W = two.P = 2;
+  expect_equal(train(one), train(two), "MQA, tied");
+}
+
+TEST(ParityTest, AMicroBatchOfSeveralSamplesEqualsAccumulation) {
+  Run accumulated, together;
+  accumulated.accumulation = 4;
+  together.micro_batch = 4;
+  expect_equal(train(accumulated), train(together), "micro_batch_size 4");
+  together.W = together.P = 2;
+  expect_equal(train(accumulated), train(together), "micro_batch_size 4 on two ranks");
+}
+
+TEST(ParityTest, PaddingChangesNothing) {
+  Run plain, padded;
+  padded.div_length = 64;
+  expect_equal(train(plain), train(padded), "padded to 64");
+  Run other = plain;
+  other.W = other.P = 2;
+  expect_equal(train(plain), train(other), "lengths that do not divide by P");
+}
+
+TEST(ParityTest, Bf16OnTheWireStaysCloseToFp32) {
+  Run one, two;
+  two.W = two.P = 2;
+  two.dtype = one.dtype = "bf16";
+  const Result a = train(one), b = train(two);
+  EXPECT_NEAR(a.losses[0], b.losses[0], 2e-3 * a.losses[0]);
+  EXPECT_LT(gradient_difference(a, b), 5e-2);
+}
+
+TEST(ParityTest, SampleReductionIsTheMeanOfSampleMeans) {
+  Run one, two;
+  one.accumulation = 2;
+  one.extra = two.extra = "loss_reduction: sample\n";
+  two.W = 2;
+  expect_equal(train(one), train(two), "loss_reduction: sample");
+  Run token = one;
+  token.extra = "";
+  EXPECT_GT(std::abs(train(one).losses[0] - train(token).losses[0]), 1e-6);
+}
+
+}  // namespace
+}  // namespace uly::parity

@@ -1,0 +1,132 @@
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "plan/price.h"
+#include "step/decoder.h"
+
+namespace uly::plan {
+namespace {
+
+models::Spec llama_8b() {
+  models::Spec s;
+  s.D = 4096, s.F = 14336, s.N = 32, s.K = 8, s.H = 128, s.V = 128256, s.L = 32;
+  return s;
+}
+
+step::Options resident(const models::Spec& spec, int64_t s, int64_t W = 1, int64_t P = 1) {
+  step::Options o;
+  o.mesh = {.W = W, .P = P, .rank = 0};
+  o.s = s;
+  o.mlp_tile = std::min<int64_t>(16384, s);
+  o.loss_tile = std::min<int64_t>(8192, s);
+  o.keep.assign(static_cast<size_t>(spec.L), step::Keep::kInput);
+  return o;
+}
+
+Price price(const models::Spec& spec, const step::Options& o) {
+  const step::Model model(spec);
+  Priced priced({o.mesh.P, o.mesh.W}, o.s);
+  const step::States states = step::make_states(priced, model.units, o);
+  step::micro_step(priced, model, o, states);
+  return priced.price();
+}
+
+TEST(PlaceTest, NoTwoBuffersThatAreAliveTogetherOverlap) {
+  std::mt19937_64 random(1);
+  for (int round = 0; round < 20; ++round) {
+    std::vector<Lifetime> lives;
+    for (int i = 0; i < 200; ++i) {
+      const int64_t birth = static_cast<int64_t>(random() % 1000);
+      lives.push_back({static_cast<int64_t>(random() % 100000) + 1, birth, random() % 10 == 0 ? -1 : birth + 1 + static_cast<int64_t>(random() % 50)});
+    }
+    const Places places = place(lives);
+    for (size_t a = 0; a < lives.size(); ++a) {
+      EXPECT_LE(places.offset_bytes[a] + lives[a].bytes, places.arena_bytes);
+      EXPECT_EQ(places.offset_bytes[a] % ops::kPlaceAlignment, 0);
+      for (size_t b = 0; b < a; ++b) {
+        const bool together = (lives[a].death < 0 || lives[b].birth < lives[a].death) && (lives[b].death < 0 || lives[a].birth < lives[b].death);
+        const bool apart = places.offset_bytes[a] + lives[a].bytes <= places.offset_bytes[b] || places.offset_bytes[b] + lives[b].bytes <= places.offset_bytes[a];
+        EXPECT_TRUE(!together || apart);
+      }
+    }
+  }
+}
+
+TEST(PriceTest, ArithmeticOfAStepIsTheFormula) {
+  const models::Spec m = llama_8b();
+  const int64_t s = 32768;
+  const Price p = price(m, resident(m, s));
+  const double D = 4096, F = 14336, S = s, qkv = 6144, V = 128256, L = 32;
+  const double layer = 2 * S * (D * qkv + D * D + 3 * F * D), head = 2 * S * D * V;
+  // Backward is twice the forward; rebuilt are q, k, v, the output projection and gate | up.
+  EXPECT_NEAR(p.gemm_flops, L * (3 * layer + 2 * S * (D * qkv + D * D + 2 * F * D)) + 3 * head, 1e-6 * p.gemm_flops);
+  EXPECT_NEAR(p.attention_flops, L * (2.0 + 5.0) * S * S * D, 1e-6 * p.attention_flops);
+}
+
+TEST(PriceTest, KeepingEverythingRebuildsNothing) {
+  const models::Spec m = llama_8b();
+  step::Options o = resident(m, 4096);
+  const Price rebuilt = price(m, o);
+  o.keep.assign(o.keep.size(), step::Keep::kAll);
+  const Price kept = price(m, o);
+  const double D = 4096, F = 14336, S = 4096, L = 32;
+  EXPECT_NEAR(rebuilt.gemm_flops - kept.gemm_flops, L * 2 * S * (D * 6144 + D * D + 2 * F * D), 1e-3 * kept.gemm_flops * 1e-3);
+  EXPECT_GT(kept.peak_bytes, rebuilt.peak_bytes);
+}
+
+TEST(PriceTest, PlacesWasteLittle) {
+  const models::Spec m = llama_8b();
+  for (const int64_t W : {1, 8}) {
+    const Price p = price(m, resident(m, 65536, W, W));
+    EXPECT_LT(static_cast<double>(p.step_places.arena_bytes), 1.03 * static_cast<double>(p.peak_bytes));
+  }
+}
+
+TEST(PriceTest, StatesAreSharded) {
+  const models::Spec m = llama_8b();
+  const Price one = price(m, resident(m, 1024)), eight = price(m, resident(m, 1024, 8, 8));
+  const double parameters = static_cast<double>(models::num_parameters(m));
+  EXPECT_NEAR(static_cast<double>(one.run_bytes), 18 * parameters, 1e-3 * 18 * parameters);
+  EXPECT_NEAR(static_cast<double>(eight.run_bytes), 18 * parameters / 8, 1e-3 * 18 * parameters / 8);
+  EXPECT_EQ(one.gathered_bytes, 0);
+  EXPECT_GT(eight.gathered_bytes, 0);
+}
+
+TEST(UlyssesTest, HeadsOfAllRanksAreAllHeadsOnce) {
+  for (const auto& [N, K] : std::vector<std::pair<int64_t, int64_t>>{{32, 8}, {28, 4}, {6, 2}, {8, 1}, {64, 8}, {5, 5}})
+    for (int64_t P = 1; P <= N; ++P) {
+      models::Spec spec;
+      spec.N = N, spec.K = K, spec.H = 16;
+      int64_t next = 0;
+      for (int64_t p = 0; p < P; ++p) {
+        const ops::Heads h = step::heads_of_rank(spec, P, p);
+        EXPECT_EQ(h.first_head, next);
+        EXPECT_GE(h.n, 1);
+        next += h.n;
+        EXPECT_EQ(h.k, (h.first_head + h.n - 1) / h.G - h.first_head / h.G + 1);
+        EXPECT_LE(h.n, (N + P - 1) / P);
+      }
+      EXPECT_EQ(next, N);
+    }
+}
+
+TEST(OptimizerTest, UpdateRangesCoverEveryParameterOnce) {
+  models::Spec spec = llama_8b();
+  spec.D = 64, spec.F = 96, spec.N = 4, spec.K = 2, spec.H = 16, spec.V = 97, spec.L = 1, spec.qkv_bias = true, spec.qk_norm = true;
+  for (const models::Unit& unit : models::units(spec))
+    for (const int64_t W : {1, 3, 8}) {
+      int64_t decayed = 0, rest = 0, expect_decayed = 0, expect_rest = 0;
+      for (int64_t r = 0; r < W; ++r)
+        for (const ops::UpdateRange& range : step::update_ranges(unit, {.W = W, .P = 1, .rank = r})) {
+          EXPECT_LE(range.first + range.count, step::shard_elements(unit, W));
+          (range.decays ? decayed : rest) += range.count;
+        }
+      for (const models::Tensor& t : unit.tensors) (t.decays ? expect_decayed : expect_rest) += t.elements();
+      EXPECT_EQ(decayed, expect_decayed);
+      EXPECT_EQ(rest, expect_rest);
+    }
+}
+
+}  // namespace
+}  // namespace uly::plan
