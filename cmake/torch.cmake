@@ -9,7 +9,10 @@ get_filename_component(SITE_PACKAGES ${TORCH_DIR} DIRECTORY)
 set(CUDA_HOME_PYPI ${SITE_PACKAGES}/nvidia/cu13)
 
 add_library(torch INTERFACE)
-target_include_directories(torch SYSTEM INTERFACE ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include ${CUDA_HOME_PYPI}/include ${SITE_PACKAGES}/nvidia/nccl/include)
+# After the system's own: the wheel carries a copy of fmt's headers that is not the library we link.
+foreach(folder ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include ${CUDA_HOME_PYPI}/include ${SITE_PACKAGES}/nvidia/nccl/include)
+  target_compile_options(torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-idirafter${folder}>)
+endforeach()
 target_compile_definitions(torch INTERFACE USE_DISTRIBUTED USE_C10D_GLOO AT_PER_OPERATOR_HEADERS)
 set(torch_rpath_link "")
 foreach(package cudnn nccl cusparselt nvshmem cu13)

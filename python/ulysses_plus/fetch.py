@@ -29,13 +29,13 @@ def fetch(repo_id, tokenizer_only=False):
         return os.path.abspath(repo_id)
     if repo_id.startswith((".", "/", "~")) or repo_id.count("/") > 1:
         raise UserError(f"{repo_id}: expected a folder or a hub id like 'owner/name', found no such folder")
-    import huggingface_hub as hub
+    from huggingface_hub import snapshot_download
 
-    if not hub.constants.HF_HUB_OFFLINE:
+    if not _offline():
         what = "the tokenizer of " if tokenizer_only else ""
         print(f"looking for {what}{repo_id} at {_host()}", file=sys.stderr)
     try:
-        folder = hub.snapshot_download(
+        folder = snapshot_download(
             repo_id, allow_patterns=TOKENIZER_PATTERNS if tokenizer_only else MODEL_PATTERNS, ignore_patterns=IGNORED,
             etag_timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 10)),
         )

@@ -77,6 +77,16 @@ void Engine::sum_loss(ops::Buffer total, ops::Buffer loss) { cpu::sum_loss({.tot
 
 void Engine::embed(ops::Buffer h, ops::Buffer table, ops::Buffer ids) { over(h.rows, h.columns, kernels::EmbedArgs{matrix(h), matrix(table), matrix(ids)}, &cpu::embed); }
 
-void Engine::embed_grad(ops::Buffer dtable, ops::Buffer dh, ops::Buffer ids) { over_columns(dh.columns, dh.rows, kernels::EmbedGradArgs{matrix(dtable), matrix(dh), matrix(ids)}, &cpu::embed_grad); }
+void Engine::embed_grad(ops::Buffer dtable, ops::Buffer dh, ops::Buffer ids) {
+  // Transformers gives the padding token's row no gradient from here (the head's, where tied, stays): set it aside.
+  std::vector<float> row;
+  float* padding = nullptr;
+  if (batch_.padding_token >= 0) {
+    padding = static_cast<float*>(address(dtable.row_range(batch_.padding_token, 1)));
+    row.assign(padding, padding + dtable.columns);
+  }
+  over_columns(dh.columns, dh.rows, kernels::EmbedGradArgs{matrix(dtable), matrix(dh), matrix(ids)}, &cpu::embed_grad);
+  if (padding) std::copy(row.begin(), row.end(), padding);
+}
 
 }  // namespace uly::engine

@@ -27,6 +27,7 @@ struct BatchData {
   double scale = 1.0;                           // of the loss and its gradient
   std::vector<float> inverse_frequencies;       // rope, H/2
   float rope_factor = 1.0f;                     // on cos and sin
+  int64_t padding_token = -1;                   // its row of the embedding gets no gradient; -1: none
 };
 
 // What differs from update to update.

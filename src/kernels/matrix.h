@@ -33,7 +33,7 @@ struct Matrix {
 
 // How many partial rows the CUDA column sums (norm weights, bias) keep, for so many rows of so many columns.
 constexpr int64_t column_sum_blocks(int64_t rows, int64_t columns) {
-  int64_t blocks = columns <= 512 ? 2112 : 2112 * 512 / columns;
+  int64_t blocks = columns <= 1024 ? 1056 : 1056 * 1024 / columns;
   if (blocks < 264) blocks = 264;
   return rows < blocks ? (rows < 1 ? 1 : rows) : blocks;
 }

@@ -7,27 +7,69 @@ namespace {
 
 constexpr int64_t kSharedColumns = 12288;  // a row of fp32 sums up to here fits the 48 KiB that every device gives
 
-// A row a block.
+template <int W>
+__device__ __forceinline__ void add_squares(float& sum, const float (&v)[W]) {
+#pragma unroll
+  for (int k = 0; k < W; ++k) sum += v[k] * v[k];
+}
+
+template <int W>
+__device__ __forceinline__ void add_products(float& sum, const float (&dy)[W], const float (&x)[W], const Matrix& w, int64_t j) {
+  float u[W];
+  load_any(w, j, u);
+#pragma unroll
+  for (int k = 0; k < W; ++k) sum += dy[k] * x[k] * u[k];
+}
+
+template <typename T, int W>
+__device__ __forceinline__ void store_normed(T* y, int64_t j, const float (&x)[W], float rstd, const Matrix& w) {
+  float u[W];
+  load_any(w, j, u);
+#pragma unroll
+  for (int k = 0; k < W; ++k) u[k] *= x[k] * rstd;
+  store(y + j, u);
+}
+
+// Stores dx + (rstd dy w - x c) and adds dy x rstd to the sums of dw.
+template <typename T, int W>
+__device__ __forceinline__ void store_grads(T* to, float* sums, int64_t j, const float (&dx)[W], const float (&dy)[W], const float (&x)[W], float rstd, float c, const Matrix& w) {
+  float u[W], s[W];
+  load_any(w, j, u), load(sums + j, s);
+#pragma unroll
+  for (int k = 0; k < W; ++k) {
+    u[k] = dx[k] + (dy[k] * u[k] * rstd - x[k] * c);
+    s[k] += dy[k] * (x[k] * rstd);
+  }
+  store(to + j, u), store(sums + j, s);
+}
+
+// A row a block; its first 4 vectors a thread are held between the sum and the result.
 template <typename T, int W>
 __global__ void __launch_bounds__(512) rms_norm_kernel(const __grid_constant__ RmsNormArgs a) {
-  __shared__ float shared[33];
-  const int64_t row = blockIdx.x, n = a.x.columns, step = static_cast<int64_t>(blockDim.x) * W;
+  constexpr int kHeld = 4;
+  __shared__ float shared[16];
+  const int64_t row = blockIdx.x, n = a.x.columns, step = static_cast<int64_t>(blockDim.x) * W, first = threadIdx.x * W;
   const T* x = row_of<T>(a.x, row);
   T* y = row_of<T>(a.y, row);
-  float v[W], w[W], sum = 0;
-  for (int64_t j = threadIdx.x * W; j < n; j += step) {
-    load(x + j, v);
+  float held[kHeld][W], v[W], sum = 0;
 #pragma unroll
-    for (int k = 0; k < W; ++k) sum += v[k] * v[k];
+  for (int h = 0; h < kHeld; ++h)
+    if (first + h * step < n) load(x + first + h * step, held[h]);
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h)
+    if (first + h * step < n) add_squares(sum, held[h]);
+  for (int64_t j = first + kHeld * step; j < n; j += step) {
+    load(x + j, v);
+    add_squares(sum, v);
   }
-  const float rstd = 1.0f / sqrtf(block_sum(sum, shared) / static_cast<float>(n) + static_cast<float>(a.eps));
+  const float rstd = 1.0f / sqrtf(alternating_block_sum(sum, shared) / static_cast<float>(n) + static_cast<float>(a.eps));
   if (threadIdx.x == 0) *row_of<float>(a.rstd, row) = rstd;
-  for (int64_t j = threadIdx.x * W; j < n; j += step) {
-    load(x + j, v);
-    load_any(a.w, j, w);
 #pragma unroll
-    for (int k = 0; k < W; ++k) v[k] = v[k] * rstd * w[k];
-    store(y + j, v);
+  for (int h = 0; h < kHeld; ++h)
+    if (first + h * step < n) store_normed(y, first + h * step, held[h], rstd, a.w);
+  for (int64_t j = first + kHeld * step; j < n; j += step) {
+    load(x + j, v);
+    store_normed(y, j, v, rstd, a.w);
   }
 }
 
@@ -35,108 +77,151 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(const __grid_constant__ R
 // row of scratch.
 template <typename T, int W>
 __global__ void __launch_bounds__(512) rms_norm_grad_kernel(const __grid_constant__ RmsNormGradArgs a, bool in_shared) {
-  __shared__ float shared[33];
+  constexpr int kHeld = 2;
+  __shared__ float shared[2][16];
   extern __shared__ float4 dynamic[];
-  const int64_t n = a.x.columns, step = static_cast<int64_t>(blockDim.x) * W;
+  const int64_t n = a.x.columns, step = static_cast<int64_t>(blockDim.x) * W, first = threadIdx.x * W;
   float* out = static_cast<float*>(a.scratch) + blockIdx.x * n;
   float* sums = in_shared ? reinterpret_cast<float*>(dynamic) : out;
-  float dy[W], x[W], w[W], v[W];
+  float dy[kHeld][W], x[kHeld][W], dx[kHeld][W], v[W];
   for (int k = 0; k < W; ++k) v[k] = 0;
-  for (int64_t j = threadIdx.x * W; j < n; j += step) store(sums + j, v);
-  for (int64_t row = blockIdx.x; row < a.x.rows; row += gridDim.x) {
+  for (int64_t j = first; j < n; j += step) store(sums + j, v);
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < a.x.rows; row += gridDim.x, turn ^= 1) {
+    const T *from_dy = row_of<T>(a.dy, row), *from_x = row_of<T>(a.x, row);
+    T* to = row_of<T>(a.dx, row);
     const float rstd = *row_of<float>(a.rstd, row);
     float sum = 0;
-    for (int64_t j = threadIdx.x * W; j < n; j += step) {
-      load(row_of<T>(a.dy, row) + j, dy), load(row_of<T>(a.x, row) + j, x), load_any(a.w, j, w);
 #pragma unroll
-      for (int k = 0; k < W; ++k) sum += dy[k] * x[k] * w[k];
+    for (int h = 0; h < kHeld; ++h) {
+      const int64_t j = first + h * step;
+      if (j < n) load(from_dy + j, dy[h]), load(from_x + j, x[h]), load(to + j, dx[h]);
     }
-    const float c = block_sum(sum, shared) / static_cast<float>(n) * rstd * rstd * rstd;
-    for (int64_t j = threadIdx.x * W; j < n; j += step) {
-      load(row_of<T>(a.dy, row) + j, dy), load(row_of<T>(a.x, row) + j, x), load_any(a.w, j, w);
-      load(row_of<T>(a.dx, row) + j, v);
 #pragma unroll
-      for (int k = 0; k < W; ++k) v[k] += dy[k] * w[k] * rstd - x[k] * c;
-      store(row_of<T>(a.dx, row) + j, v);
-      load(sums + j, v);
+    for (int h = 0; h < kHeld; ++h)
+      if (first + h * step < n) add_products(sum, dy[h], x[h], a.w, first + h * step);
+    for (int64_t j = first + kHeld * step; j < n; j += step) {
+      float later_dy[W], later_x[W];
+      load(from_dy + j, later_dy), load(from_x + j, later_x);
+      add_products(sum, later_dy, later_x, a.w, j);
+    }
+    const float c = alternating_block_sum(sum, shared[turn]) / static_cast<float>(n) * rstd * rstd * rstd;
 #pragma unroll
-      for (int k = 0; k < W; ++k) v[k] += dy[k] * (x[k] * rstd);
-      store(sums + j, v);
+    for (int h = 0; h < kHeld; ++h)
+      if (first + h * step < n) store_grads(to, sums, first + h * step, dx[h], dy[h], x[h], rstd, c, a.w);
+    for (int64_t j = first + kHeld * step; j < n; j += step) {
+      float later_dy[W], later_x[W];
+      load(from_dy + j, later_dy), load(from_x + j, later_x), load(to + j, v);
+      store_grads(to, sums, j, v, later_dy, later_x, rstd, c, a.w);
     }
   }
   if (!in_shared) return;
-  for (int64_t j = threadIdx.x * W; j < n; j += step) {
+  for (int64_t j = first; j < n; j += step) {
     load(sums + j, v);
     store(out + j, v);
   }
 }
 
-// A head a warp.
+// Heads are worked on by groups of `lanes` threads, so many that a vector each is a head, or 32.
+struct Place {
+  int64_t row, head;
+};
+
+__device__ __forceinline__ Place place_of(int64_t unit, int64_t heads) {
+  if ((unit | heads) >> 32 != 0) return {unit / heads, unit % heads};
+  const uint32_t row = static_cast<uint32_t>(unit) / static_cast<uint32_t>(heads);
+  return {row, static_cast<uint32_t>(unit) - row * static_cast<uint32_t>(heads)};
+}
+
+// Four heads a group, so that enough loads are on their way.
+constexpr int kUnits = 4;
+
 template <typename T, int W>
-__global__ void __launch_bounds__(256) head_norm_kernel(const __grid_constant__ HeadNormArgs a, int64_t heads) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32, H = a.head_size;
-  if (unit >= a.x.rows * heads) return;
-  const int64_t row = unit / heads, head = unit % heads, first = static_cast<int64_t>(threadIdx.x % 32) * W;
-  const T* x = row_of<T>(a.x, row) + head * H;
-  T* y = row_of<T>(a.y, row) + head * H;
-  float v[W], w[W], sum = 0;
-  for (int64_t j = first; j < H; j += 32 * W) {
-    load(x + j, v);
+__global__ void __launch_bounds__(256) head_norm_kernel(const __grid_constant__ HeadNormArgs a, int64_t heads, int lanes) {
+  const int64_t H = a.head_size, units = a.x.rows * heads, first = static_cast<int64_t>(threadIdx.x % lanes) * W, step = static_cast<int64_t>(lanes) * W;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kUnits * (256 / lanes) + threadIdx.x / lanes;
+  Place at[kUnits];
+  float held[kUnits][W], v[W];
 #pragma unroll
-    for (int k = 0; k < W; ++k) sum += v[k] * v[k];
+  for (int u = 0; u < kUnits; ++u) {
+    const int64_t unit = begin + u * (256 / lanes);
+    at[u] = place_of(unit < units ? unit : units - 1, heads);  // all threads stay for the shuffles
+    if (first < H) load(row_of<T>(a.x, at[u].row) + at[u].head * H + first, held[u]);
   }
-  const float rstd = 1.0f / sqrtf(warp_sum(sum) / static_cast<float>(H) + static_cast<float>(a.eps));
-  if (threadIdx.x % 32 == 0) row_of<float>(a.rstd, row)[head] = rstd;
-  for (int64_t j = first; j < H; j += 32 * W) {
-    load(x + j, v);
-    load_any(a.w, j, w);
 #pragma unroll
-    for (int k = 0; k < W; ++k) v[k] = v[k] * rstd * w[k];
-    store(y + j, v);
+  for (int u = 0; u < kUnits; ++u) {
+    const T* x = row_of<T>(a.x, at[u].row) + at[u].head * H;
+    T* y = row_of<T>(a.y, at[u].row) + at[u].head * H;
+    float sum = 0;
+    if (first < H) add_squares(sum, held[u]);
+    for (int64_t j = first + step; j < H; j += step) {
+      load(x + j, v);
+      add_squares(sum, v);
+    }
+    const float rstd = 1.0f / sqrtf(group_sum(sum, lanes) / static_cast<float>(H) + static_cast<float>(a.eps));
+    if (begin + u * (256 / lanes) >= units) continue;
+    if (first == 0) row_of<float>(a.rstd, at[u].row)[at[u].head] = rstd;
+    if (first < H) store_normed(y, first, held[u], rstd, a.w);
+    for (int64_t j = first + step; j < H; j += step) {
+      load(x + j, v);
+      store_normed(y, j, v, rstd, a.w);
+    }
   }
 }
 
-// A head a warp; each of the 8 warps keeps its sums of dw in shared memory, and they are added in order.
+// Each group keeps its sums of dw in shared memory; they are added in order at the end.
 template <typename T, int W>
-__global__ void __launch_bounds__(256) head_norm_grad_kernel(const __grid_constant__ HeadNormGradArgs a, int64_t heads) {
+__global__ void __launch_bounds__(256) head_norm_grad_kernel(const __grid_constant__ HeadNormGradArgs a, int64_t heads, int lanes) {
   extern __shared__ float4 dynamic[];
-  const int64_t H = a.head_size, first = static_cast<int64_t>(threadIdx.x % 32) * W, units = a.x.rows * heads;
-  float* sums = reinterpret_cast<float*>(dynamic) + threadIdx.x / 32 * H;
-  float dy[W], x[W], w[W], v[W];
+  const int64_t H = a.head_size, units = a.x.rows * heads, first = static_cast<int64_t>(threadIdx.x % lanes) * W, step = static_cast<int64_t>(lanes) * W;
+  const int groups = 256 / lanes;
+  float* sums = reinterpret_cast<float*>(dynamic) + threadIdx.x / lanes * H;
+  float dy[W], x[W], v[W];
   for (int k = 0; k < W; ++k) v[k] = 0;
-  for (int64_t j = first; j < H; j += 32 * W) store(sums + j, v);
-  for (int64_t unit = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32; unit < units; unit += static_cast<int64_t>(gridDim.x) * 8) {
-    const int64_t row = unit / heads, head = unit % heads;
-    T* dx = row_of<T>(a.dx, row) + head * H;
-    const T* from = row_of<T>(a.x, row) + head * H;
-    const float rstd = row_of<float>(a.rstd, row)[head];
+  for (int64_t j = first; j < H; j += step) store(sums + j, v);
+  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * groups; begin < units; begin += static_cast<int64_t>(gridDim.x) * groups) {
+    const int64_t unit = begin + threadIdx.x / lanes;
+    const bool exists = unit < units;
+    const Place at = place_of(exists ? unit : units - 1, heads);
+    T* dx = row_of<T>(a.dx, at.row) + at.head * H;
+    const T* from = row_of<T>(a.x, at.row) + at.head * H;
+    const float rstd = row_of<float>(a.rstd, at.row)[at.head];
     float sum = 0;
-    for (int64_t j = first; j < H; j += 32 * W) {
-      load(dx + j, dy), load(from + j, x), load_any(a.w, j, w);
-#pragma unroll
-      for (int k = 0; k < W; ++k) sum += dy[k] * x[k] * w[k];
+    if (first < H) {
+      load(dx + first, dy), load(from + first, x);
+      add_products(sum, dy, x, a.w, first);
     }
-    const float c = warp_sum(sum) / static_cast<float>(H) * rstd * rstd * rstd;
-    for (int64_t j = first; j < H; j += 32 * W) {
-      load(dx + j, dy), load(from + j, x), load_any(a.w, j, w), load(sums + j, v);
-#pragma unroll
-      for (int k = 0; k < W; ++k) v[k] += dy[k] * (x[k] * rstd);
-      store(sums + j, v);
-#pragma unroll
-      for (int k = 0; k < W; ++k) v[k] = dy[k] * w[k] * rstd - x[k] * c;
-      store(dx + j, v);
+    for (int64_t j = first + step; j < H; j += step) {
+      float later_dy[W], later_x[W];
+      load(dx + j, later_dy), load(from + j, later_x);
+      add_products(sum, later_dy, later_x, a.w, j);
+    }
+    const float c = group_sum(sum, lanes) / static_cast<float>(H) * rstd * rstd * rstd;
+    if (!exists) continue;
+    for (int k = 0; k < W; ++k) v[k] = 0;
+    if (first < H) store_grads(dx, sums, first, v, dy, x, rstd, c, a.w);
+    for (int64_t j = first + step; j < H; j += step) {
+      float later_dy[W], later_x[W], zeros[W] = {};
+      load(dx + j, later_dy), load(from + j, later_x);
+      store_grads(dx, sums, j, zeros, later_dy, later_x, rstd, c, a.w);
     }
   }
   __syncthreads();
   const float* all = reinterpret_cast<const float*>(dynamic);
-  for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
+  for (int64_t j = threadIdx.x; j < H; j += 256) {
     float total = 0;
-    for (int warp = 0; warp < 8; ++warp) total += all[warp * H + j];
+    for (int g = 0; g < groups; ++g) total += all[g * H + j];
     static_cast<float*>(a.scratch)[blockIdx.x * H + j] = total;
   }
 }
 
-unsigned threads_for(int64_t items) { return static_cast<unsigned>(items >= 512 ? 512 : items <= 64 ? 64 : (items + 31) / 32 * 32); }
+unsigned threads_for(int64_t items) { return static_cast<unsigned>(items >= 512 ? 512 : items <= 32 ? 32 : (items + 31) / 32 * 32); }
+
+int lanes_for(int64_t vectors) {
+  int lanes = 1;
+  while (lanes < 32 && lanes < vectors) lanes *= 2;
+  return lanes;
+}
 
 }  // namespace
 
@@ -146,9 +231,9 @@ void rms_norm(const RmsNormArgs& a, Stream stream) {
   for_float_type(a.x.dtype, "rms_norm", [&](auto t) {
     using T = decltype(t);
     if (vectors_fit<8>(n, {a.y, a.x, as_vector(a.w)}))
-      rms_norm_kernel<T, 8><<<static_cast<unsigned>(a.x.rows), threads_for(n / 8), 0, stream>>>(a);
+      rms_norm_kernel<T, 8><<<static_cast<unsigned>(a.x.rows), threads_for((n / 8 + 3) / 4), 0, stream>>>(a);
     else
-      rms_norm_kernel<T, 1><<<static_cast<unsigned>(a.x.rows), threads_for(n), 0, stream>>>(a);
+      rms_norm_kernel<T, 1><<<static_cast<unsigned>(a.x.rows), threads_for((n + 3) / 4), 0, stream>>>(a);
   });
   check_launch("rms_norm");
 }
@@ -161,9 +246,9 @@ void rms_norm_grad(const RmsNormGradArgs& a, Stream stream) {
   for_float_type(a.x.dtype, "rms_norm_grad", [&](auto t) {
     using T = decltype(t);
     if (vectors_fit<8>(n, {a.dx, a.dy, a.x, as_vector(a.w)}))
-      rms_norm_grad_kernel<T, 8><<<static_cast<unsigned>(blocks), threads_for(n / 8), bytes, stream>>>(a, in_shared);
+      rms_norm_grad_kernel<T, 8><<<static_cast<unsigned>(blocks), threads_for((n / 8 + 1) / 2), bytes, stream>>>(a, in_shared);
     else
-      rms_norm_grad_kernel<T, 1><<<static_cast<unsigned>(blocks), threads_for(n), bytes, stream>>>(a, in_shared);
+      rms_norm_grad_kernel<T, 1><<<static_cast<unsigned>(blocks), threads_for((n + 1) / 2), bytes, stream>>>(a, in_shared);
   });
   check_launch("rms_norm_grad");
   add_partial_rows("rms_norm_grad", a.dw.data, a.scratch, blocks, n, stream);
@@ -171,14 +256,16 @@ void rms_norm_grad(const RmsNormGradArgs& a, Stream stream) {
 
 void head_norm(const HeadNormArgs& a, Stream stream) {
   if (a.x.elements() == 0) return;
-  const int64_t heads = a.x.columns / a.head_size;
-  const unsigned blocks = static_cast<unsigned>((a.x.rows * heads + 7) / 8);
+  const int64_t H = a.head_size, heads = a.x.columns / H;
+  const bool vectors = vectors_fit<8>(H, {a.y, a.x, as_vector(a.w)});
+  const int lanes = lanes_for(vectors ? H / 8 : H);
+  const unsigned blocks = static_cast<unsigned>((a.x.rows * heads * lanes + 256 * kUnits - 1) / (256 * kUnits));
   for_float_type(a.x.dtype, "head_norm", [&](auto t) {
     using T = decltype(t);
-    if (vectors_fit<4>(a.head_size, {a.y, a.x, as_vector(a.w)}))
-      head_norm_kernel<T, 4><<<blocks, 256, 0, stream>>>(a, heads);
+    if (vectors)
+      head_norm_kernel<T, 8><<<blocks, 256, 0, stream>>>(a, heads, lanes);
     else
-      head_norm_kernel<T, 1><<<blocks, 256, 0, stream>>>(a, heads);
+      head_norm_kernel<T, 1><<<blocks, 256, 0, stream>>>(a, heads, lanes);
   });
   check_launch("head_norm");
 }
@@ -186,13 +273,15 @@ void head_norm(const HeadNormArgs& a, Stream stream) {
 void head_norm_grad(const HeadNormGradArgs& a, Stream stream) {
   if (a.x.elements() == 0) return;
   const int64_t H = a.head_size, heads = a.x.columns / H, blocks = column_sum_blocks(a.x.rows * heads, H);
-  const size_t bytes = static_cast<size_t>(8 * H) * 4;
+  const bool vectors = vectors_fit<8>(H, {a.dx, a.x, as_vector(a.w)});
+  const int lanes = lanes_for(vectors ? H / 8 : H);
+  const size_t bytes = static_cast<size_t>(256 / lanes * H) * 4;
   for_float_type(a.x.dtype, "head_norm_grad", [&](auto t) {
     using T = decltype(t);
-    if (vectors_fit<4>(H, {a.dx, a.x, as_vector(a.w)}))
-      head_norm_grad_kernel<T, 4><<<static_cast<unsigned>(blocks), 256, bytes, stream>>>(a, heads);
+    if (vectors)
+      head_norm_grad_kernel<T, 8><<<static_cast<unsigned>(blocks), 256, bytes, stream>>>(a, heads, lanes);
     else
-      head_norm_grad_kernel<T, 1><<<static_cast<unsigned>(blocks), 256, bytes, stream>>>(a, heads);
+      head_norm_grad_kernel<T, 1><<<static_cast<unsigned>(blocks), 256, bytes, stream>>>(a, heads, lanes);
   });
   check_launch("head_norm_grad");
   add_partial_rows("head_norm_grad", a.dw.data, a.scratch, blocks, H, stream);

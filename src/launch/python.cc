@@ -77,11 +77,13 @@ Output run_and_capture(const std::vector<std::string>& command) {
   return output;
 }
 
-Json run_python(const std::string& module, const Json& request) {
+std::string run_python(const std::string& module, const std::vector<std::string>& arguments) {
   const std::string python = python_path();
   ULY_USER_CHECK(fs::exists(python), "{}: expected the Python environment here; `make setup` makes it, ULYSSES_PYTHON names another", python);
-  const RequestFile file(request.dump());
-  const Output output = run_and_capture({python, "-m", module, "--request", file.path()});
+  std::vector<std::string> command = {python, "-m", module};
+  command.insert(command.end(), arguments.begin(), arguments.end());
+  const Output output = run_and_capture(command);
+  if (output.exit_code == 128 + SIGINT || output.exit_code == 128 + SIGTERM) throw Error(static_cast<Exit>(output.exit_code), "");
   if (output.exit_code > 128) {
     const int signal = output.exit_code - 128;
     const char* hint = signal == SIGKILL ? "; the machine may have run out of memory" : "";
@@ -90,10 +92,17 @@ Json run_python(const std::string& module, const Json& request) {
   if (is_ours(output.exit_code)) throw Error(static_cast<Exit>(output.exit_code), "");
   if (output.exit_code != 0) throw InternalError(fmt::format("{} failed with exit code {}", module, output.exit_code));
   const size_t last = output.text.find_last_not_of(" \n");
-  const size_t before = last == std::string::npos ? last : output.text.rfind('\n', last);
-  const Json result = Json::parse(output.text.substr(before == std::string::npos ? 0 : before + 1), nullptr, false);
-  if (!result.is_object()) throw InternalError(fmt::format("{} did not print a JSON object", module));
-  return result;
+  if (last == std::string::npos) throw InternalError(fmt::format("{} printed no answer", module));
+  const size_t before = output.text.rfind('\n', last);
+  const size_t first = before == std::string::npos ? 0 : before + 1;
+  return output.text.substr(first, last + 1 - first);
+}
+
+Json run_python(const std::string& module, const Json& request) {
+  const RequestFile file(request.dump());
+  const Json answer = Json::parse(run_python(module, std::vector<std::string>{"--request", file.path()}), nullptr, false);
+  if (!answer.is_object()) throw InternalError(fmt::format("{} did not answer with a JSON object", module));
+  return answer;
 }
 
 }  // namespace uly::launch

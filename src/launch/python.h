@@ -16,9 +16,11 @@ struct Output {
 // Runs a program to its end; its stderr is this process's. Throws UserError if it cannot be started.
 Output run_and_capture(const std::vector<std::string>& command);
 
-// Runs `python -m module --request FILE`, with `request` as the file's content, and returns the JSON it prints last on its
-// stdout. Where it fails it has spoken on stderr: throws an Error with its exit code and, if that is one of ours, no
-// message.
+// Runs `python -m module arguments...` and returns the last line of its stdout. Where it fails it has spoken on stderr:
+// throws an Error with its exit code and, if that is one of ours, no message.
+std::string run_python(const std::string& module, const std::vector<std::string>& arguments);
+
+// The same with `--request FILE`, a file that holds `request`; the line is a JSON object.
 Json run_python(const std::string& module, const Json& request);
 
 }  // namespace uly::launch

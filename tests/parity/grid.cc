@@ -1,5 +1,6 @@
 #include "grid.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -30,7 +31,7 @@ void write_model(const fs::path& folder, const Shape& s) {
 }
 
 // Ragged documents: some trained only near their end, one not at all.
-void write_tokens(const fs::path& path, const Run& run) {
+void write_tokens(const fs::path& path, const Training& run) {
   std::vector<int32_t> ids;
   std::vector<uint8_t> trained;
   std::vector<int64_t> starts{0};
@@ -52,17 +53,17 @@ void write_tokens(const fs::path& path, const Run& run) {
   writer.finish();
 }
 
-void write_recipe(const fs::path& path, const fs::path& folder, const Run& run) {
+void write_recipe(const fs::path& path, const fs::path& folder, const Training& run) {
   std::ofstream(path) << fmt::format(
       "type: sft\nmodel:\n  name_or_path: {0}/model\n  dtype: {1}\n  init: random\ndata:\n  sources: [{0}/none.jsonl]\n  max_length: 128\n  div_length: {7}\n"
-      "optimizer:\n  learning_rate: 1.0e-2\nscheduler:\n  warmup_ratio: 0.0\ndeepspeed:\n  zero_optimization:\n    stage: 3\n"
-      "sequence_parallel_size: {2}\ngradient_accumulation_steps: {3}\nmicro_batch_size: {4}\ntrain_log_iter_interval: 0\nexit_iteration: {5}\nkill_switch_path: ''\n{6}",
+      "optimizer:\n  learning_rate: 1.0e-3\nscheduler:\n  warmup_ratio: 0.0\ndeepspeed:\n  zero_optimization:\n    stage: 3\n"
+      "sequence_parallel_size: {2}\ngradient_accumulation_steps: {3}\nmicro_batch_size: {4}\ntrain_log_iter_interval: 0\nexit_iteration: {5}\nkill_switch_path: /nonexistent/stop\n{6}",
       folder.string(), run.dtype, run.P, run.accumulation, run.micro_batch, run.steps, run.extra, run.div_length);
 }
 
 }  // namespace
 
-Result train(const Run& run) {
+Result train(const Training& run) {
   static int count = 0;
   const fs::path folder = fs::temp_directory_path() / fmt::format("ulysses_parity_{}_{}", getpid(), count++);
   fs::create_directories(folder);

@@ -14,7 +14,7 @@ struct Shape {
   bool tied = false;
 };
 
-struct Run {
+struct Training {
   Shape shape;
   int64_t W = 1, P = 1, accumulation = 1, micro_batch = 1, steps = 2, div_length = 1;
   std::vector<int64_t> lengths = {37, 5, 64, 1, 50, 23, 41, 16};
@@ -27,7 +27,7 @@ struct Result {
   std::vector<std::map<std::string, std::vector<float>>> gradients;  // a step, by name
 };
 
-Result train(const Run& run);
+Result train(const Training& run);
 
 // Largest difference between gradients of the same name, relative to the norm (at least 1e-3 of the largest norm).
 double gradient_difference(const Result& a, const Result& b);

@@ -1,6 +1,8 @@
 // P ranks equal one rank: losses and every gradient, over meshes, accumulation, ragged lengths and masks.
 #include <gtest/gtest.h>
 
+#include <fmt/format.h>
+
 #include "grid.h"
 
 namespace uly::parity {
@@ -20,10 +22,10 @@ class GridTest : public testing::TestWithParam<Point> {};
 
 TEST_P(GridTest, EveryMeshEqualsOneRank) {
   const auto [W, P, accumulation] = GetParam();
-  Run run;
+  Training run;
   run.shape.N = 8, run.shape.K = 2;
   run.lengths = {37, 5, 64, 1, 50, 23, 41, 16, 29, 33, 2, 60, 18, 44, 7, 12, 3, 27, 55, 31, 9, 48, 21, 39, 26, 62, 14, 8, 35, 52, 11, 19, 6, 45, 24, 17};
-  Run one = run;
+  Training one = run;
   one.accumulation = accumulation * W / P;
   run.W = W, run.P = P, run.accumulation = accumulation;
   if (accumulation * W / P > 18) run.steps = one.steps = 1;
@@ -36,34 +38,34 @@ INSTANTIATE_TEST_SUITE_P(Meshes, GridTest,
                          [](const auto& p) { return fmt::format("W{}P{}A{}", p.param.W, p.param.P, p.param.accumulation); });
 
 TEST(ParityTest, UnevenHeads28On8Ranks) {
-  Run one;
+  Training one;
   one.shape.N = 28, one.shape.K = 4, one.shape.D = 56;
-  Run eight = one;
+  Training eight = one;
   eight.W = eight.P = 8;
   expect_equal(train(one), train(eight), "28:4 heads");
 }
 
 TEST(ParityTest, UnevenHeads6On4RanksWithEveryFamily) {
   for (const char* family : {"llama", "qwen2", "qwen3", "mistral"}) {
-    Run one;
+    Training one;
     one.shape.family = family;
     one.shape.N = 6, one.shape.K = 2, one.shape.tied = std::string(family) == "qwen2";
-    Run four = one;
+    Training four = one;
     four.W = four.P = 4;
     expect_equal(train(one), train(four), family);
   }
 }
 
 TEST(ParityTest, MultiQueryOnTwoRanksWithTiedEmbeddings) {
-  Run one;
+  Training one;
   one.shape.K = 1, one.shape.tied = true;
-  Run two = one;
+  Training two = one;
   two.W = two.P = 2;
   expect_equal(train(one), train(two), "MQA, tied");
 }
 
 TEST(ParityTest, AMicroBatchOfSeveralSamplesEqualsAccumulation) {
-  Run accumulated, together;
+  Training accumulated, together;
   accumulated.accumulation = 4;
   together.micro_batch = 4;
   expect_equal(train(accumulated), train(together), "micro_batch_size 4");
@@ -72,16 +74,16 @@ TEST(ParityTest, AMicroBatchOfSeveralSamplesEqualsAccumulation) {
 }
 
 TEST(ParityTest, PaddingChangesNothing) {
-  Run plain, padded;
+  Training plain, padded;
   padded.div_length = 64;
   expect_equal(train(plain), train(padded), "padded to 64");
-  Run other = plain;
+  Training other = plain;
   other.W = other.P = 2;
   expect_equal(train(plain), train(other), "lengths that do not divide by P");
 }
 
 TEST(ParityTest, Bf16OnTheWireStaysCloseToFp32) {
-  Run one, two;
+  Training one, two;
   two.W = two.P = 2;
   two.dtype = one.dtype = "bf16";
   const Result a = train(one), b = train(two);
@@ -90,14 +92,15 @@ TEST(ParityTest, Bf16OnTheWireStaysCloseToFp32) {
 }
 
 TEST(ParityTest, SampleReductionIsTheMeanOfSampleMeans) {
-  Run one, two;
-  one.accumulation = 2;
-  one.extra = two.extra = "loss_reduction: sample\n";
-  two.W = 2;
-  expect_equal(train(one), train(two), "loss_reduction: sample");
-  Run token = one;
+  Training one, four;
+  one.accumulation = 8;
+  one.steps = four.steps = 1;
+  one.extra = four.extra = "loss_reduction: sample\n";
+  four.W = 4, four.accumulation = 2;
+  expect_equal(train(one), train(four), "loss_reduction: sample");
+  Training token = one;
   token.extra = "";
-  EXPECT_GT(std::abs(train(one).losses[0] - train(token).losses[0]), 1e-6);
+  EXPECT_GT(std::abs(train(one).losses[0] - train(token).losses[0]), 1e-4);
 }
 
 }  // namespace

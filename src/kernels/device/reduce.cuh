@@ -12,6 +12,22 @@ __device__ __forceinline__ V warp_sum(V v) {
   return v;
 }
 
+// The same over groups of `lanes` threads, a power of two up to 32.
+__device__ __forceinline__ float group_sum(float v, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+// Every thread gets the sum, after one barrier. `shared` has a value a warp and must not be that of the call before.
+__device__ __forceinline__ float alternating_block_sum(float v, float* shared) {
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  float sum = 0;
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += shared[warp];
+  return sum;
+}
+
 // Every thread gets the sum. `shared` has room for 33 values; whole warps only.
 template <typename V>
 __device__ __forceinline__ V block_sum(V v, V* shared) {

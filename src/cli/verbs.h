@@ -1,0 +1,33 @@
+// What `ulysses` can be asked to do: one function a verb; the table is in main.cc. Each returns the exit code or throws.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace uly::cli {
+
+inline constexpr const char* kVersion = "0.1.0";
+
+// The command line after the verb.
+struct Options {
+  std::string recipe;
+  std::vector<std::string> overrides;    // key.path=value
+  std::optional<std::string> device;     // cpu | cuda
+  std::optional<int64_t> num_ranks;      // --num_gpus: ranks on this machine
+  bool json = false;
+  int master_port = 0;                   // 0: a free one
+  std::string dump_folder;               // passed on to the engine
+};
+
+int train(const Options& options);
+int plan(const Options& options);
+int prepare(const Options& options);
+int docs(const Options& options);
+int doctor(const Options& options);
+
+// Refuses, naming the verb.
+[[noreturn]] void not_available(const std::string& verb);
+
+}  // namespace uly::cli
