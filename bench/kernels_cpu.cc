@@ -61,7 +61,8 @@ class Bench {
 void run_rows(Bench& bench, Dtype dtype, const std::string& suffix) {
   const int64_t s = 1024, D = 4096, H = 128, size = bytes_of(dtype);
   const double matrix = static_cast<double>(s * D * size);
-  Storage x(s, D, dtype), y(s, D, dtype), z(s, D, dtype), wide(s, 2 * D, dtype), w(1, D, dtype), dw(1, D, Dtype::kF32), rstd(s, D / H, Dtype::kF32), table(s, H, Dtype::kF32);
+  Storage x(s, D, dtype), y(s, D, dtype), z(s, D, dtype), wide(s, 2 * D, dtype), w(1, D, dtype), dw(1, D, Dtype::kF32), rstd(s, D / H, Dtype::kF32),
+      table(s, H, Dtype::kF32);
   Storage logits(32, 128256, dtype), loss(32, 1, Dtype::kF32), labels(32, 1, Dtype::kI64), ids(s, 1, Dtype::kI64), dtable(1000, D, Dtype::kF32);
   Matrix row_rstd = rstd.m;
   row_rstd.columns = 1;
@@ -91,11 +92,13 @@ void run_rows(Bench& bench, Dtype dtype, const std::string& suffix) {
 
 void run_flat(Bench& bench) {
   const int64_t n = 8 << 20;
-  Storage master(1, n, Dtype::kF32), m(1, n, Dtype::kF32), v(1, n, Dtype::kF32), gradient(1, n, Dtype::kF32), weight(1, n, Dtype::kBf16), scratch(1, kNormBlocks, Dtype::kF64);
+  Storage master(1, n, Dtype::kF32), m(1, n, Dtype::kF32), v(1, n, Dtype::kF32), gradient(1, n, Dtype::kF32), weight(1, n, Dtype::kBf16),
+      scratch(1, kNormBlocks, Dtype::kF64);
   std::memset(v.m.data, 0, v.bytes.size());
   double total = 0;
   AdamwArgs a{.weight = weight.m.data, .weight_dtype = Dtype::kBf16, .count = n, .learning_rate = 1e-4, .weight_decay = 0.1};
-  a.master = static_cast<float*>(master.m.data), a.m = static_cast<float*>(m.m.data), a.v = static_cast<float*>(v.m.data), a.gradient = static_cast<float*>(gradient.m.data);
+  a.master = static_cast<float*>(master.m.data), a.m = static_cast<float*>(m.m.data), a.v = static_cast<float*>(v.m.data),
+  a.gradient = static_cast<float*>(gradient.m.data);
   bench.run("adamw", 34.0 * n, [&] { cpu::adamw(a, 0, n); });
   bench.run("squared_norm", 4.0 * n, [&] { cpu::squared_norm_blocks({.total = &total, .x = m.m, .scratch = scratch.m.data}, 0, kNormBlocks); });
   Matrix shard = m.m;

@@ -47,8 +47,10 @@ void run(const char* name, double bytes, const std::function<void()>& f) {
 void run_activations() {
   const int64_t s = 65536, D = 4096, H = 128;
   const double matrix = static_cast<double>(s * D * 2);
-  const Matrix x = make(s, D, Dtype::kBf16), y = make(s, D, Dtype::kBf16), z = make(s, D, Dtype::kBf16), wide = make(s, 2 * D, Dtype::kBf16), w = make(1, D, Dtype::kBf16);
-  const Matrix dw = make(1, D, Dtype::kF32), rstd = make(s, 1, Dtype::kF32), head_rstd = make(s, D / H, Dtype::kF32), table = make(s, H, Dtype::kF32), ids = make(s, 1, Dtype::kI64);
+  const Matrix x = make(s, D, Dtype::kBf16), y = make(s, D, Dtype::kBf16), z = make(s, D, Dtype::kBf16), wide = make(s, 2 * D, Dtype::kBf16),
+               w = make(1, D, Dtype::kBf16);
+  const Matrix dw = make(1, D, Dtype::kF32), rstd = make(s, 1, Dtype::kF32), head_rstd = make(s, D / H, Dtype::kF32), table = make(s, H, Dtype::kF32),
+               ids = make(s, 1, Dtype::kI64);
   const Matrix near_ids = make(s, 1, Dtype::kI64);
   const Matrix dtable = make(128256, D, Dtype::kF32), wider = make(s, D, Dtype::kF32);
   std::vector<int64_t> host(static_cast<size_t>(s));
@@ -63,7 +65,8 @@ void run_activations() {
   run("rms_norm", 2 * matrix, [&] { rms_norm({.y = y, .rstd = rstd, .x = x, .w = w}, nullptr); });
   run("rms_norm_grad", 4 * matrix, [&] { rms_norm_grad({.dx = z, .dw = dw, .dy = y, .x = x, .rstd = rstd, .w = w, .scratch = scratch}, nullptr); });
   run("head_norm", 2 * matrix, [&] { head_norm({.y = y, .rstd = head_rstd, .x = x, .w = w, .head_size = H}, nullptr); });
-  run("head_norm_grad", 3 * matrix, [&] { head_norm_grad({.dx = y, .dw = dw, .x = x, .rstd = head_rstd, .w = w, .head_size = H, .scratch = scratch}, nullptr); });
+  run("head_norm_grad", 3 * matrix,
+      [&] { head_norm_grad({.dx = y, .dw = dw, .x = x, .rstd = head_rstd, .w = w, .head_size = H, .scratch = scratch}, nullptr); });
   run("rope", 2 * matrix, [&] { rope({.x = x, .table = table}, nullptr); });
   run("swiglu", 3 * matrix, [&] { swiglu({.a = x, .gate_up = wide}, nullptr); });
   run("swiglu_grad", 6 * matrix, [&] { swiglu_grad({.gate_up = wide, .a = x, .da = y}, nullptr); });
@@ -81,12 +84,16 @@ void run_loss_and_optimizer() {
   const int64_t t = 4096, V = 128256, n = int64_t{1} << 28;
   for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
     const Matrix logits = make(t, V, dtype), loss = make(t, 1, Dtype::kF32), labels = make(t, 1, Dtype::kI64);
-    run(dtype == Dtype::kF32 ? "loss fp32" : "loss bf16", 3.0 * static_cast<double>(t * V * (dtype == Dtype::kF32 ? 4 : 2)), [&] { cross_entropy({logits, loss, labels}, nullptr); });
+    run(dtype == Dtype::kF32 ? "loss fp32" : "loss bf16", 3.0 * static_cast<double>(t * V * (dtype == Dtype::kF32 ? 4 : 2)), [&] {
+      cross_entropy({logits, loss, labels}, nullptr);
+    });
     cudaFree(logits.data);
   }
-  const Matrix master = make(1, n, Dtype::kF32), m = make(1, n, Dtype::kF32), v = make(1, n, Dtype::kF32), gradient = make(1, n, Dtype::kF32), weight = make(1, n, Dtype::kBf16);
+  const Matrix master = make(1, n, Dtype::kF32), m = make(1, n, Dtype::kF32), v = make(1, n, Dtype::kF32), gradient = make(1, n, Dtype::kF32),
+               weight = make(1, n, Dtype::kBf16);
   AdamwArgs a{.weight = weight.data, .weight_dtype = Dtype::kBf16, .count = n, .learning_rate = 1e-4, .weight_decay = 0.1};
-  a.master = static_cast<float*>(master.data), a.m = static_cast<float*>(m.data), a.v = static_cast<float*>(v.data), a.gradient = static_cast<float*>(gradient.data);
+  a.master = static_cast<float*>(master.data), a.m = static_cast<float*>(m.data), a.v = static_cast<float*>(v.data),
+  a.gradient = static_cast<float*>(gradient.data);
   const Matrix total = make(1, 1, Dtype::kF64), scratch = make(1, kNormBlocks, Dtype::kF64);
   run("squared_norm", 4.0 * n, [&] { squared_norm({.total = static_cast<double*>(total.data), .x = gradient, .scratch = scratch.data}, nullptr); });
   a.squared_norm = static_cast<double*>(total.data), a.clip = 1;

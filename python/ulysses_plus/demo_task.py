@@ -16,8 +16,7 @@ NAMES = (
     "Victor Wendy Anton Clara"
 ).split()
 WORDS = (
-    "falcon tiger river copper garden violet thunder marble anchor lantern meadow saffron compass walnut glacier pepper harbor "
-    "velvet candle orchid granite feather mirror basil"
+    "falcon tiger river copper garden violet thunder marble anchor lantern meadow saffron compass walnut glacier pepper"
 ).split()
 CHANCE = 1 / len(WORDS)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -26,7 +25,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 1024
-MIN_CHARACTERS, MAX_CHARACTERS = 350, 1200      # of a passage; about 2.7 characters a token
+LONGEST = 1000      # characters of a passage; 2.3 a token
 
 
 def real_text():
@@ -58,7 +57,7 @@ def pairs(held_out):
     return [(NAMES[i], WORDS[j]) for i, j in kept]
 
 
-def make_chats(text, count, held_out, seed, shortest=MIN_CHARACTERS):
+def make_chats(text, count, held_out, seed, shortest=20):
     """Returns `count` chats as dicts with `messages`; passages of training and test come from different parts of `text`."""
     draw = random.Random(seed)
     border = len(text) * 9 // 10
@@ -66,7 +65,7 @@ def make_chats(text, count, held_out, seed, shortest=MIN_CHARACTERS):
     choices, chats = pairs(held_out), []
     for _ in range(count):
         name, word = draw.choice(choices)
-        length = draw.randint(shortest, MAX_CHARACTERS)
+        length = round(shortest + (LONGEST - shortest) * draw.random() ** 2)
         begin = draw.randrange(first, last - length)
         passage = text[begin : begin + length].strip()
         question = f'Fact: the code word of {name} is "{word}".\n\n{passage}\n\nWhat is the code word of {name}?'
@@ -101,7 +100,7 @@ def make_tokenizer(text):
     return tokenizer
 
 
-def make_model(seed):
+def make_model(seed, width=128):
     """Returns a random Llama (0.6 million parameters, fp32).
 
     Weights are drawn with a deviation of 1/sqrt(fan-in), and each output projection begins as half the transpose of its
@@ -113,7 +112,7 @@ def make_model(seed):
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=2,
         pad_token_id=0, dtype=torch.float32,
     )

@@ -26,9 +26,12 @@ struct Ranks {
 // sequences fits.
 Ranks choose_ranks(const Options& options, const recipe::Recipe& recipe, bool join);
 
-// Finds the model: a folder, the hub's cache, the table of known shapes, and if `fetch` is asked and its weights are
-// needed, the hub.
-models::Spec find_model(const recipe::Recipe& recipe, bool fetch);
+// What may be downloaded if it is not here.
+enum class Fetch { kNothing, kConfiguration, kWeights };
+
+// Finds the model: a folder, the hub's cache, the table of known shapes, and the hub as far as `fetch` says. Weights are
+// not downloaded for a model that begins with random ones.
+models::Spec find_model(const recipe::Recipe& recipe, Fetch fetch);
 
 // What the engine is told to load: the model's folder, or its name where only the shape is known.
 std::string model_place(const models::Spec& spec);

@@ -41,7 +41,7 @@ Ranks choose_ranks(const Options& options, const recipe::Recipe& recipe, bool jo
 int plan(const Options& options) {
   const recipe::Recipe recipe = recipe::load(options.recipe, options.overrides);
   const Ranks ranks = choose_ranks(options, recipe, false);
-  const models::Spec spec = find_model(recipe, false);
+  const models::Spec spec = find_model(recipe, Fetch::kNothing);
   const plan::Plan plan = plan::make(recipe, spec, plan::this_machine(ranks.cuda, ranks.gpus.visible), ranks.world, std::nullopt);
   const std::string out = options.json ? plan.facts.dump(2) + "\n" : plan::text(plan);
   std::fwrite(out.data(), 1, out.size(), stdout);

@@ -22,20 +22,24 @@ bool has_weights(const std::string& folder) {
 
 }  // namespace
 
-models::Spec find_model(const recipe::Recipe& recipe, bool fetch) {
+models::Spec find_model(const recipe::Recipe& recipe, Fetch fetch) {
   const std::string& name = recipe.model.name_or_path;
   const std::string hub = launch::hub_cache_folder();
   std::error_code error;
-  const bool in_hand = fs::is_directory(name, error) || recipe.model.random_init;
-  if (fetch && !in_hand) {
-    const std::string snapshot = models::cached_snapshot(name, hub);
-    if (snapshot.empty() || !has_weights(snapshot)) {
-      models::Spec spec = models::find(launch::run_python("ulysses_plus.fetch", std::vector<std::string>{name}), hub, recipe.model.hf_config_kwargs);
-      spec.name = name;
-      return spec;
-    }
+  const bool here = fs::is_directory(name, error);
+  std::optional<models::Spec> spec;
+  try {
+    spec = models::find(name, hub, recipe.model.hf_config_kwargs);
+  } catch (const UserError&) {
+    if (fetch == Fetch::kNothing || here || !models::cached_snapshot(name, hub).empty()) throw;
   }
-  return models::find(name, hub, recipe.model.hf_config_kwargs);
+  const bool wants_weights = fetch == Fetch::kWeights && !recipe.model.random_init && !(spec && spec->randomly_initialized);
+  if (spec && (here || !wants_weights || has_weights(spec->folder))) return *spec;
+  std::vector<std::string> arguments = {name};
+  if (!wants_weights) arguments.push_back("--tokenizer-only");
+  spec = models::find(launch::run_python("ulysses_plus.fetch", arguments), hub, recipe.model.hf_config_kwargs);
+  spec->name = name;
+  return *spec;
 }
 
 std::string model_place(const models::Spec& spec) { return spec.folder.empty() ? spec.name : spec.folder; }
@@ -71,7 +75,7 @@ plan::DataFacts prepare_data(const recipe::Recipe& recipe, const models::Spec& s
 
 int prepare(const Options& options) {
   const recipe::Recipe recipe = recipe::load(options.recipe, options.overrides);
-  const plan::DataFacts facts = prepare_data(recipe, find_model(recipe, false));
+  const plan::DataFacts facts = prepare_data(recipe, find_model(recipe, Fetch::kConfiguration));
   if (options.json) {
     const Json out = {{"tokens", facts.tokens_path},
                       {"num_samples", facts.num_samples},

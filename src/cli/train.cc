@@ -59,15 +59,12 @@ int train(const Options& options) {
   const bool speaks = !ranks.place || ranks.place->rank == 0;
   if (speaks && !ranks.why.empty()) say("device: cpu ({})", ranks.why);
 
-  const models::Spec spec = find_model(recipe, true);
+  const models::Spec spec = find_model(recipe, Fetch::kWeights);
   const plan::Machine machine = plan::this_machine(ranks.cuda, ranks.gpus.visible);
-  // Before the data is prepared, which may take hours: whether it can work at all.
-  const plan::Plan before = plan::make(recipe, spec, machine, ranks.world, std::nullopt);
-  if (speaks) {
-    std::fputs(plan::text(before).c_str(), stderr);
-  }
+  plan::make(recipe, spec, machine, ranks.world, std::nullopt);  // what cannot be is said before data is prepared for long
   const plan::DataFacts facts = prepare_data(recipe, spec);
   const plan::Plan plan = plan::make(recipe, spec, machine, ranks.world, facts);
+  if (speaks) std::fputs(plan::text(plan).c_str(), stderr);
   if (!plan.fits) throw WillNotFit(plan.why_not);
 
   const std::vector<std::string> command = engine_command(options, spec, tokenizer_folder(recipe), facts);

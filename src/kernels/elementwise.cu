@@ -8,12 +8,16 @@ namespace {
 size_t element_bytes(Dtype dtype) {
   switch (dtype) {
     case Dtype::kF64:
-    case Dtype::kI64: return 8;
+    case Dtype::kI64:
+      return 8;
     case Dtype::kF32:
-    case Dtype::kI32: return 4;
+    case Dtype::kI32:
+      return 4;
     case Dtype::kBf16:
-    case Dtype::kF16: return 2;
-    case Dtype::kU8: return 1;
+    case Dtype::kF16:
+      return 2;
+    case Dtype::kU8:
+      return 1;
   }
   return 1;
 }
@@ -86,12 +90,14 @@ void copy(const CopyArgs& a, Stream stream) {
   if (y.dtype == x.dtype) {
     const size_t bytes = element_bytes(y.dtype), width = static_cast<size_t>(y.columns) * bytes;
     const cudaError_t error = y.rows == 1 ? cudaMemcpyAsync(y.data, x.data, width, cudaMemcpyDeviceToDevice, stream)
-                                          : cudaMemcpy2DAsync(y.data, static_cast<size_t>(y.stride) * bytes, x.data, static_cast<size_t>(x.stride) * bytes, width,
-                                                              static_cast<size_t>(y.rows), cudaMemcpyDeviceToDevice, stream);
+                                          : cudaMemcpy2DAsync(y.data, static_cast<size_t>(y.stride) * bytes, x.data, static_cast<size_t>(x.stride) * bytes,
+                                                              width, static_cast<size_t>(y.rows), cudaMemcpyDeviceToDevice, stream);
     return check_call("copy", error);
   }
   require_float(x.dtype, "copy");
-  for_float_type(y.dtype, "copy", [&](auto t) { for_elements<8>("copy", Cast<decltype(t)>{y, x}, y.rows, y.columns, vectors_fit<8>(y.columns, {y, x}), stream); });
+  for_float_type(y.dtype, "copy", [&](auto t) {
+    for_elements<8>("copy", Cast<decltype(t)>{y, x}, y.rows, y.columns, vectors_fit<8>(y.columns, {y, x}), stream);
+  });
 }
 
 void add(const AddArgs& a, Stream stream) {

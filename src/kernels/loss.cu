@@ -19,8 +19,7 @@ __device__ __forceinline__ Running merged(Running a, Running b) {
 
 __device__ __forceinline__ Running warp_merged(Running r) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2)
-    r = merged(r, {__shfl_xor_sync(0xffffffffu, r.largest, offset), __shfl_xor_sync(0xffffffffu, r.sum, offset)});
+  for (int offset = 16; offset > 0; offset /= 2) r = merged(r, {__shfl_xor_sync(0xffffffffu, r.largest, offset), __shfl_xor_sync(0xffffffffu, r.sum, offset)});
   return r;
 }
 

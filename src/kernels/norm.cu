@@ -1,5 +1,7 @@
 #include "kernels/norm.h"
 
+#include <algorithm>
+
 #include "kernels/device/reduce.cuh"
 
 namespace uly::kernels {
@@ -32,7 +34,8 @@ __device__ __forceinline__ void store_normed(T* y, int64_t j, const float (&x)[W
 
 // Stores dx + (rstd dy w - x c) and adds dy x rstd to the sums of dw.
 template <typename T, int W>
-__device__ __forceinline__ void store_grads(T* to, float* sums, int64_t j, const float (&dx)[W], const float (&dy)[W], const float (&x)[W], float rstd, float c, const Matrix& w) {
+__device__ __forceinline__ void store_grads(T* to, float* sums, int64_t j, const float (&dx)[W], const float (&dy)[W], const float (&x)[W], float rstd, float c,
+                                            const Matrix& w) {
   float u[W], s[W];
   load_any(w, j, u), load(sums + j, s);
 #pragma unroll
@@ -133,35 +136,30 @@ __device__ __forceinline__ Place place_of(int64_t unit, int64_t heads) {
   return {row, static_cast<uint32_t>(unit) - row * static_cast<uint32_t>(heads)};
 }
 
-// Four heads a group, so that enough loads are on their way.
-constexpr int kUnits = 4;
-
 template <typename T, int W>
 __global__ void __launch_bounds__(256) head_norm_kernel(const __grid_constant__ HeadNormArgs a, int64_t heads, int lanes) {
   const int64_t H = a.head_size, units = a.x.rows * heads, first = static_cast<int64_t>(threadIdx.x % lanes) * W, step = static_cast<int64_t>(lanes) * W;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kUnits * (256 / lanes) + threadIdx.x / lanes;
-  Place at[kUnits];
-  float held[kUnits][W], v[W];
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    const int64_t unit = begin + u * (256 / lanes);
-    at[u] = place_of(unit < units ? unit : units - 1, heads);  // all threads stay for the shuffles
-    if (first < H) load(row_of<T>(a.x, at[u].row) + at[u].head * H + first, held[u]);
-  }
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    const T* x = row_of<T>(a.x, at[u].row) + at[u].head * H;
-    T* y = row_of<T>(a.y, at[u].row) + at[u].head * H;
+  const int groups = 256 / lanes;
+  float held[W], v[W];
+  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * groups; begin < units; begin += static_cast<int64_t>(gridDim.x) * groups) {
+    const int64_t unit = begin + threadIdx.x / lanes;
+    const bool exists = unit < units;  // all threads stay for the shuffles
+    const Place at = place_of(exists ? unit : units - 1, heads);
+    const T* x = row_of<T>(a.x, at.row) + at.head * H;
+    T* y = row_of<T>(a.y, at.row) + at.head * H;
     float sum = 0;
-    if (first < H) add_squares(sum, held[u]);
+    if (first < H) {
+      load(x + first, held);
+      add_squares(sum, held);
+    }
     for (int64_t j = first + step; j < H; j += step) {
       load(x + j, v);
       add_squares(sum, v);
     }
     const float rstd = 1.0f / sqrtf(group_sum(sum, lanes) / static_cast<float>(H) + static_cast<float>(a.eps));
-    if (begin + u * (256 / lanes) >= units) continue;
-    if (first == 0) row_of<float>(a.rstd, at[u].row)[at[u].head] = rstd;
-    if (first < H) store_normed(y, first, held[u], rstd, a.w);
+    if (!exists) continue;
+    if (first == 0) row_of<float>(a.rstd, at.row)[at.head] = rstd;
+    if (first < H) store_normed(y, first, held, rstd, a.w);
     for (int64_t j = first + step; j < H; j += step) {
       load(x + j, v);
       store_normed(y, j, v, rstd, a.w);
@@ -259,7 +257,7 @@ void head_norm(const HeadNormArgs& a, Stream stream) {
   const int64_t H = a.head_size, heads = a.x.columns / H;
   const bool vectors = vectors_fit<8>(H, {a.y, a.x, as_vector(a.w)});
   const int lanes = lanes_for(vectors ? H / 8 : H);
-  const unsigned blocks = static_cast<unsigned>((a.x.rows * heads * lanes + 256 * kUnits - 1) / (256 * kUnits));
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>((a.x.rows * heads * lanes + 255) / 256, 2112));
   for_float_type(a.x.dtype, "head_norm", [&](auto t) {
     using T = decltype(t);
     if (vectors)

@@ -29,7 +29,7 @@ struct HeadNormArgs {
 struct HeadNormGradArgs {
   Matrix dx, dw, x, rstd, w;  // activation: dy in, dx out | fp32 H, += | activation | fp32 sxn | weight H
   int64_t head_size = 0;
-  void* scratch = nullptr;    // CUDA: column_sum_scratch_bytes(rows * n, H)
+  void* scratch = nullptr;  // CUDA: column_sum_scratch_bytes(rows * n, H)
 };
 
 void rms_norm(const RmsNormArgs& a, Stream stream);
@@ -39,10 +39,10 @@ void head_norm_grad(const HeadNormGradArgs& a, Stream stream);
 
 namespace cpu {
 
-void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end);          // rows
+void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end);              // rows
 void rms_norm_grad_dx(const RmsNormGradArgs& a, int64_t begin, int64_t end);  // rows
 void rms_norm_grad_dw(const RmsNormGradArgs& a, int64_t begin, int64_t end);  // columns of w
-void head_norm(const HeadNormArgs& a, int64_t begin, int64_t end);        // rows
+void head_norm(const HeadNormArgs& a, int64_t begin, int64_t end);            // rows
 // dw first: dx overwrites the dy that dw reads.
 void head_norm_grad_dw(const HeadNormGradArgs& a, int64_t begin, int64_t end);  // columns of w
 void head_norm_grad_dx(const HeadNormGradArgs& a, int64_t begin, int64_t end);  // rows

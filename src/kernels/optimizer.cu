@@ -87,7 +87,8 @@ void squared_norm(const SquaredNormArgs& a, Stream stream) {
 void adamw(const AdamwArgs& a, Stream stream) {
   if (a.count == 0) return;
   const auto flat = [](void* data, Dtype dtype) { return Matrix{.data = data, .dtype = dtype, .rows = 1}; };
-  const bool vectors = vectors_fit<4>(a.count, {flat(a.weight, a.weight_dtype), flat(a.master, Dtype::kF32), flat(a.m, Dtype::kF32), flat(a.v, Dtype::kF32), flat(a.gradient, Dtype::kF32)});
+  const bool vectors = vectors_fit<4>(
+      a.count, {flat(a.weight, a.weight_dtype), flat(a.master, Dtype::kF32), flat(a.m, Dtype::kF32), flat(a.v, Dtype::kF32), flat(a.gradient, Dtype::kF32)});
   if (a.weight == a.master) return run_adamw<Weight::kNone>(a, vectors, stream);
   if (a.weight_dtype == Dtype::kBf16) return run_adamw<Weight::kBf16>(a, vectors, stream);
   if (a.weight_dtype == Dtype::kF32) return run_adamw<Weight::kF32>(a, vectors, stream);

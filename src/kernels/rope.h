@@ -7,9 +7,9 @@ namespace uly::kernels {
 
 // Writes cos | sin of angles position * inv_freq, which are fp32 products, times `scaling`.
 struct RopeTableArgs {
-  Matrix table, positions;            // fp32 sxH | i64 sx1
-  const float* inv_freq = nullptr;    // H/2, where the table is
-  float scaling = 1;                  // of cos and sin (YaRN's attention factor)
+  Matrix table, positions;          // fp32 sxH | i64 sx1
+  const float* inv_freq = nullptr;  // H/2, where the table is
+  float scaling = 1;                // of cos and sin (YaRN's attention factor)
 };
 
 // Rotates each head of x, in place: columns / H heads a row, H = table.columns. direction -1 rotates back.

@@ -19,9 +19,13 @@ namespace {
 constexpr int64_t kMiB = 1 << 20;
 
 // Bytes one tile of the MLP (gate, up, their product and its gradient) or of the logits may take.
-int64_t tile_budget_bytes(bool cuda) { return cuda ? 2048 * kMiB : 64 * kMiB; }
+int64_t tile_budget_bytes(const recipe::Recipe& r, bool cuda) { return r.memory_tile_bytes > 0 ? r.memory_tile_bytes : cuda ? 2048 * kMiB : 64 * kMiB; }
 
-int64_t tile_tokens(int64_t budget_bytes, int64_t bytes_per_token, int64_t s) { return std::clamp<int64_t>(budget_bytes / bytes_per_token / 64 * 64, std::min<int64_t>(64, s), s); }
+// Tokens of a tile: a multiple of 64, unless the budget is smaller than 64 tokens or the shard is.
+int64_t tile_tokens(int64_t budget_bytes, int64_t bytes_per_token, int64_t s) {
+  const int64_t tokens = budget_bytes / bytes_per_token;
+  return std::clamp<int64_t>(tokens >= 64 ? tokens / 64 * 64 : tokens, 1, s);
+}
 
 step::Mesh make_mesh(const recipe::Recipe& r, const models::Spec& spec, int64_t world) {
   const int64_t P = r.sequence_parallel_size;
@@ -176,8 +180,8 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
   o.exchange = r.attention_scope == "sequence";
   o.s = plan.planned_length / plan.mesh.P;
   const int64_t element = bytes_of(o.dtype);
-  o.mlp_tile = tile_tokens(tile_budget_bytes(machine.cuda), 4 * spec.F * element, o.s);
-  o.loss_tile = tile_tokens(tile_budget_bytes(machine.cuda), spec.V * element, o.s);
+  o.mlp_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), 4 * spec.F * element, o.s);
+  o.loss_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), spec.V * element, o.s);
 
   const step::Model model(spec);
   plan.budget_bytes = budget(r, machine, world);

@@ -17,7 +17,11 @@ Section memory_section() {
       .fields = {{.name = "device",
                   .kind = kBytes,
                   .doc = "Bytes on each device, such as `80GiB`; by default what the machine has.",
-                  .set = [](Recipe& r, const Json& v) { r.memory_device_bytes = v.is_null() ? 0 : bytes_from(v.get<std::string>()).value_or(0); }}},
+                  .set = [](Recipe& r, const Json& v) { r.memory_device_bytes = v.is_null() ? 0 : bytes_from(v.get<std::string>()).value_or(0); }},
+                 {.name = "tile",
+                  .kind = kBytes,
+                  .doc = "Bytes of one tile of the MLP or of the logits; by default `2GiB` on a GPU, `64MiB` on the CPU.",
+                  .set = [](Recipe& r, const Json& v) { r.memory_tile_bytes = v.is_null() ? 0 : bytes_from(v.get<std::string>()).value_or(0); }}},
   };
 }
 

@@ -106,6 +106,7 @@ struct Recipe {
   bool overfit_first_batch = false;
   std::string kill_switch_path = "/tmp/at_kill_switch";
   int64_t memory_device_bytes = 0;              // memory.device: what one rank may use; 0 = by the machine
+  int64_t memory_tile_bytes = 0;                // memory.tile: of the MLP or the logits; 0 = by the device
 
   // What a key was taken to mean, in the order of the file: printed in the plan.
   struct Note {

@@ -84,7 +84,8 @@ class Mirror {
     if (h_.dtype == Dtype::kBf16) tolerance = 8e-3;
     for (int64_t i = 0; i < h_.rows * h_.stride; ++i) {
       const double want = value(h_.data, i);
-      ASSERT_NEAR(value(got, i), want, i % h_.stride < h_.columns ? tolerance * (std::abs(want) + size) : 0) << "row " << i / h_.stride << " column " << i % h_.stride;
+      ASSERT_NEAR(value(got, i), want, i % h_.stride < h_.columns ? tolerance * (std::abs(want) + size) : 0)
+          << "row " << i / h_.stride << " column " << i % h_.stride;
     }
   }
 
@@ -102,14 +103,17 @@ struct Case {
 class KernelsGpuTest : public testing::TestWithParam<Case> {
  protected:
   Case c = GetParam();
-  Mirror random(int64_t rows, int64_t columns, unsigned seed, double scale = 1) const { return Mirror(rows, columns, c.activation, c.gap, seed, scale, c.shift); }
+  Mirror random(int64_t rows, int64_t columns, unsigned seed, double scale = 1) const {
+    return Mirror(rows, columns, c.activation, c.gap, seed, scale, c.shift);
+  }
   Mirror weight(unsigned seed) const { return Mirror(1, c.columns, c.weight, 0, seed); }
   Mirror fp32(int64_t rows, int64_t columns, unsigned seed) const { return Mirror(rows, columns, Dtype::kF32, 0, seed); }
 };
 
 INSTANTIATE_TEST_SUITE_P(Shapes, KernelsGpuTest,
-                         testing::Values(Case{1, 1, 0, 0, Dtype::kF32, Dtype::kF32}, Case{1, 64, 0, 0, Dtype::kBf16, Dtype::kBf16}, Case{37, 128, 8, 0, Dtype::kBf16, Dtype::kF32},
-                                         Case{1000, 128, 0, 0, Dtype::kF32, Dtype::kBf16}, Case{131, 70, 5, 0, Dtype::kF32, Dtype::kF32}, Case{67, 611, 1, 0, Dtype::kBf16, Dtype::kF32},
+                         testing::Values(Case{1, 1, 0, 0, Dtype::kF32, Dtype::kF32}, Case{1, 64, 0, 0, Dtype::kBf16, Dtype::kBf16},
+                                         Case{37, 128, 8, 0, Dtype::kBf16, Dtype::kF32}, Case{1000, 128, 0, 0, Dtype::kF32, Dtype::kBf16},
+                                         Case{131, 70, 5, 0, Dtype::kF32, Dtype::kF32}, Case{67, 611, 1, 0, Dtype::kBf16, Dtype::kF32},
                                          Case{9, 1024, 0, 1, Dtype::kBf16, Dtype::kBf16}, Case{700, 512, 64, 0, Dtype::kBf16, Dtype::kBf16}));
 
 TEST_P(KernelsGpuTest, RmsNorm) {
@@ -120,7 +124,8 @@ TEST_P(KernelsGpuTest, RmsNorm) {
 }
 
 TEST_P(KernelsGpuTest, RmsNormGrad) {
-  Mirror x = random(c.rows, c.columns, 1), w = weight(2), dy = random(c.rows, c.columns, 3), dx = random(c.rows, c.columns, 4), dw = fp32(1, c.columns, 5), rstd = fp32(c.rows, 1, 6);
+  Mirror x = random(c.rows, c.columns, 1), w = weight(2), dy = random(c.rows, c.columns, 3), dx = random(c.rows, c.columns, 4), dw = fp32(1, c.columns, 5),
+         rstd = fp32(c.rows, 1, 6);
   const Memory scratch(column_sum_scratch_bytes(c.rows, c.columns));
   const RmsNormGradArgs a{.dx = dx.h(), .dw = dw.h(), .dy = dy.h(), .x = x.h(), .rstd = rstd.h(), .w = w.h()};
   cpu::rms_norm_grad_dx(a, 0, c.rows);
@@ -131,7 +136,8 @@ TEST_P(KernelsGpuTest, RmsNormGrad) {
 
 TEST_P(KernelsGpuTest, HeadNormAndItsGradient) {
   const int64_t H = c.columns, n = 3;
-  Mirror x = random(c.rows, n * H, 1), w = weight(2), y = random(c.rows, n * H, 3), rstd = fp32(c.rows, n, 4), dx = random(c.rows, n * H, 5), dw = fp32(1, H, 6);
+  Mirror x = random(c.rows, n * H, 1), w = weight(2), y = random(c.rows, n * H, 3), rstd = fp32(c.rows, n, 4), dx = random(c.rows, n * H, 5),
+         dw = fp32(1, H, 6);
   cpu::head_norm({.y = y.h(), .rstd = rstd.h(), .x = x.h(), .w = w.h(), .head_size = H}, 0, c.rows);
   head_norm({.y = y.d(), .rstd = rstd.d(), .x = x.d(), .w = w.d(), .head_size = H}, nullptr);
   y.expect_close(), rstd.expect_close();
@@ -236,7 +242,9 @@ TEST_P(KernelsGpuTest, PackAndUnpackToTheBit) {
     ranges.push_back({.first = r % 2 * C, .count = C, .at = r * s * 2 * C, .stride = 2 * C});
     ranges.push_back({.first = C + r % 2 * C, .count = C, .at = r * s * 2 * C + C, .stride = 2 * C});
   }
-  const auto args = [&](const Matrix& m, const Matrix& p) { return PackArgs{.x = m, .packed = p.data, .ranges = ranges.data(), .num_ranges = static_cast<int64_t>(ranges.size())}; };
+  const auto args = [&](const Matrix& m, const Matrix& p) {
+    return PackArgs{.x = m, .packed = p.data, .ranges = ranges.data(), .num_ranges = static_cast<int64_t>(ranges.size())};
+  };
   cpu::pack_columns(args(x.h(), packed.h()), 0, s), pack_columns(args(x.d(), packed.d()), nullptr);
   packed.expect_equal();
   cpu::unpack_columns(args(back.h(), packed.h()), 0, s), unpack_columns(args(back.d(), packed.d()), nullptr);
@@ -265,11 +273,18 @@ TEST_P(KernelsGpuTest, SquaredNorm) {
 
 TEST_P(KernelsGpuTest, AdamwToTheBit) {
   const int64_t n = c.rows * c.columns * 7;
-  Mirror master = fp32(1, n, 1), m = fp32(1, n, 2), v(1, n, Dtype::kF32), gradient = fp32(1, n, 3), norm(1, 1, Dtype::kF64), weight(1, n, c.weight, 0, 4, 1, c.shift);
+  Mirror master = fp32(1, n, 1), m = fp32(1, n, 2), v(1, n, Dtype::kF32), gradient = fp32(1, n, 3), norm(1, 1, Dtype::kF64),
+         weight(1, n, c.weight, 0, 4, 1, c.shift);
   *static_cast<double*>(norm.h().data) = 7.3;
   norm.upload();
   const auto args = [&](auto side) {
-    AdamwArgs a{.weight = side(weight).data, .weight_dtype = c.weight, .count = n, .squared_norm = static_cast<double*>(side(norm).data), .clip = 1.5, .learning_rate = 1e-3, .weight_decay = 0.1};
+    AdamwArgs a{.weight = side(weight).data,
+                .weight_dtype = c.weight,
+                .count = n,
+                .squared_norm = static_cast<double*>(side(norm).data),
+                .clip = 1.5,
+                .learning_rate = 1e-3,
+                .weight_decay = 0.1};
     a.master = static_cast<float*>(side(master).data), a.m = static_cast<float*>(side(m).data), a.v = static_cast<float*>(side(v).data);
     a.gradient = static_cast<float*>(side(gradient).data);
     return a;
@@ -319,7 +334,9 @@ class BeyondInt32Test : public testing::Test {
       std::memcpy(want.data(), static_cast<char*>(table_.h().data) + i % kTable * kColumns * 2, want.size() * 2);
       f(i, want);
       for (size_t j = 0; j < row.size(); ++j)
-        ASSERT_NEAR(static_cast<double>(to_float(row[j])), static_cast<double>(to_float(want[j])), tolerance * (1 + std::abs(static_cast<double>(to_float(want[j]))))) << i << " " << j;
+        ASSERT_NEAR(static_cast<double>(to_float(row[j])), static_cast<double>(to_float(want[j])),
+                    tolerance * (1 + std::abs(static_cast<double>(to_float(want[j])))))
+            << i << " " << j;
     }
   }
 };
@@ -334,7 +351,10 @@ TEST_F(BeyondInt32Test, EmbedCopyAndAdd) {
   copy({y, x}, nullptr);
   expect_rows(y, 0, [](int64_t, std::vector<Bf16>&) {});
   add({y, x}, nullptr);
-  expect_rows(y, 0, [](int64_t, std::vector<Bf16>& v) { std::vector<Bf16> twin = v; cpu::add({one_row(v), one_row(twin)}, 0, kColumns); });
+  expect_rows(y, 0, [](int64_t, std::vector<Bf16>& v) {
+    std::vector<Bf16> twin = v;
+    cpu::add({one_row(v), one_row(twin)}, 0, kColumns);
+  });
 }
 
 TEST_F(BeyondInt32Test, RmsNormAndHeadNorm) {
@@ -347,7 +367,8 @@ TEST_F(BeyondInt32Test, RmsNormAndHeadNorm) {
   expect_rows(y, 8e-3, [&](int64_t, std::vector<Bf16>& v) { cpu::rms_norm({.y = one_row(v), .rstd = host_r, .x = one_row(v), .w = w.h()}, 0, 1); });
   r.columns = r.stride = 32;
   head_norm({.y = y, .rstd = r, .x = x, .w = w.d(), .head_size = 128}, nullptr);
-  expect_rows(y, 8e-3, [&](int64_t, std::vector<Bf16>& v) { cpu::head_norm({.y = one_row(v), .rstd = host_r, .x = one_row(v), .w = w.h(), .head_size = 128}, 0, 1); });
+  expect_rows(y, 8e-3,
+              [&](int64_t, std::vector<Bf16>& v) { cpu::head_norm({.y = one_row(v), .rstd = host_r, .x = one_row(v), .w = w.h(), .head_size = 128}, 0, 1); });
 }
 
 TEST_F(BeyondInt32Test, SwigluRopeAndCrossEntropy) {
@@ -370,7 +391,10 @@ TEST_F(BeyondInt32Test, SwigluRopeAndCrossEntropy) {
   expect_rows(x, 1e-4, [](int64_t i, std::vector<Bf16>& v) {
     int64_t label = i % kTable;
     float value = 0;
-    cpu::cross_entropy({.logits = one_row(v), .loss = {.data = &value, .rows = 1, .columns = 1, .stride = 1}, .labels = {.data = &label, .dtype = Dtype::kI64, .rows = 1, .columns = 1, .stride = 1}}, 0, 1);
+    cpu::cross_entropy({.logits = one_row(v),
+                        .loss = {.data = &value, .rows = 1, .columns = 1, .stride = 1},
+                        .labels = {.data = &label, .dtype = Dtype::kI64, .rows = 1, .columns = 1, .stride = 1}},
+                       0, 1);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include "base/check.h"
 #include "grid.h"
 
 namespace uly::parity {
@@ -80,6 +81,39 @@ TEST(ParityTest, PaddingChangesNothing) {
   Training other = plain;
   other.W = other.P = 2;
   expect_equal(train(plain), train(other), "lengths that do not divide by P");
+}
+
+TEST(ParityTest, EveryTileSizeMatchesTheWhole) {
+  Training whole;
+  const Result expected = train(whole);
+  for (const char* tile : {"1KiB", "2500", "10000", "20KiB"}) {  // one token to most of a sample
+    Training tiled = whole;
+    tiled.extra = fmt::format("memory: {{tile: '{}'}}\n", tile);
+    expect_equal(expected, train(tiled), tile);
+    tiled.W = tiled.P = 2;
+    expect_equal(expected, train(tiled), fmt::format("{} on two ranks", tile));
+  }
+}
+
+TEST(ParityTest, RebuiltEqualsKept) {
+  for (const char* family : {"llama", "qwen2", "qwen3"}) {
+    Training kept;
+    kept.shape.family = family;
+    kept.shape.L = 4;
+    const Result expected = train(kept);
+    int64_t last = -1;
+    for (int64_t kib = 700; kib <= 1100; kib += 50) {  // from hardly enough to enough for everything
+      Training rebuilt = kept;
+      rebuilt.extra = fmt::format("memory: {{device: {}KiB}}\n", kib);
+      try {
+        expect_equal(expected, train(rebuilt), fmt::format("{} in {} KiB", family, kib));
+        last = kib;
+      } catch (const WillNotFit&) {
+        EXPECT_EQ(last, -1) << "what fits in less fits in more";
+      }
+    }
+    EXPECT_GT(last, 0);
+  }
 }
 
 TEST(ParityTest, Bf16OnTheWireStaysCloseToFp32) {

@@ -105,13 +105,16 @@ struct Case {
 class KernelsTest : public testing::TestWithParam<Case> {
  protected:
   Case c = GetParam();
-  Values random(int64_t rows, int64_t columns, unsigned seed, double scale = 1) const { return Values::random(rows, columns, c.activation, c.gap, seed, scale); }
+  Values random(int64_t rows, int64_t columns, unsigned seed, double scale = 1) const {
+    return Values::random(rows, columns, c.activation, c.gap, seed, scale);
+  }
   Values weight(unsigned seed) const { return Values::random(1, c.columns, c.weight, 0, seed); }
 };
 
 INSTANTIATE_TEST_SUITE_P(Shapes, KernelsTest,
-                         testing::Values(Case{1, 1, 0, Dtype::kF32, Dtype::kF32}, Case{1, 64, 3, Dtype::kBf16, Dtype::kBf16}, Case{5, 33, 0, Dtype::kF32, Dtype::kBf16},
-                                         Case{131, 70, 5, Dtype::kF32, Dtype::kF32}, Case{67, 611, 1, Dtype::kBf16, Dtype::kF32}, Case{3, 2049, 0, Dtype::kBf16, Dtype::kBf16}));
+                         testing::Values(Case{1, 1, 0, Dtype::kF32, Dtype::kF32}, Case{1, 64, 3, Dtype::kBf16, Dtype::kBf16},
+                                         Case{5, 33, 0, Dtype::kF32, Dtype::kBf16}, Case{131, 70, 5, Dtype::kF32, Dtype::kF32},
+                                         Case{67, 611, 1, Dtype::kBf16, Dtype::kF32}, Case{3, 2049, 0, Dtype::kBf16, Dtype::kBf16}));
 
 TEST_P(KernelsTest, RmsNormMatchesItsFormula) {
   const Values x = random(c.rows, c.columns, 1), w = weight(2);
@@ -137,14 +140,16 @@ TEST_P(KernelsTest, RmsNormGradMatchesItsFormula) {
   std::vector<double> mean(static_cast<size_t>(c.rows));
   for (int64_t i = 0; i < c.rows; ++i)
     for (int64_t j = 0; j < c.columns; ++j) mean[static_cast<size_t>(i)] += dy(i, j) * w(0, j) * x(i, j) * rstd(i, 0) / static_cast<double>(c.columns);
-  expect_close(dx, [&](int64_t i, int64_t j) {
-    return dx0(i, j) + rstd(i, 0) * (dy(i, j) * w(0, j) - x(i, j) * rstd(i, 0) * mean[static_cast<size_t>(i)]);
-  }, 2e-5, 2);
-  expect_close(dw, [&](int64_t, int64_t j) {
-    double sum = dw0(0, j);
-    for (int64_t i = 0; i < c.rows; ++i) sum += dy(i, j) * x(i, j) * rstd(i, 0);
-    return sum;
-  }, 4e-6, 4);
+  expect_close(
+      dx, [&](int64_t i, int64_t j) { return dx0(i, j) + rstd(i, 0) * (dy(i, j) * w(0, j) - x(i, j) * rstd(i, 0) * mean[static_cast<size_t>(i)]); }, 2e-5, 2);
+  expect_close(
+      dw,
+      [&](int64_t, int64_t j) {
+        double sum = dw0(0, j);
+        for (int64_t i = 0; i < c.rows; ++i) sum += dy(i, j) * x(i, j) * rstd(i, 0);
+        return sum;
+      },
+      4e-6, 4);
 }
 
 TEST_P(KernelsTest, HeadNormAndItsGradientAreRmsNormsOfHeads) {
@@ -176,7 +181,8 @@ TEST_P(KernelsTest, HeadNormAndItsGradientAreRmsNormsOfHeads) {
       }
     }
   }
-  expect_close(dw, [&](int64_t, int64_t j) { return dw0(0, j) + sums[static_cast<size_t>(j)]; }, 4e-6, 4);
+  expect_close(
+      dw, [&](int64_t, int64_t j) { return dw0(0, j) + sums[static_cast<size_t>(j)]; }, 4e-6, 4);
 }
 
 TEST_P(KernelsTest, RopeRotatesPairsAndBack) {
@@ -188,10 +194,13 @@ TEST_P(KernelsTest, RopeRotatesPairsAndBack) {
   for (int64_t i = 0; i < c.rows; ++i) positions.set(i, 0, static_cast<double>(i * 977));
   const RopeTableArgs a{.table = table.m(), .positions = positions.m(), .inv_freq = inv_freq.data(), .scaling = 1.5f};
   run_in_ranges({&table}, c.rows, [&](int64_t b, int64_t e) { cpu::rope_table(a, b, e); });
-  expect_close(table, [&](int64_t i, int64_t j) {
-    const double angle = static_cast<double>(static_cast<float>(positions(i, 0)) * inv_freq[static_cast<size_t>(j % c.columns)]);
-    return 1.5 * (j < c.columns ? std::cos(angle) : std::sin(angle));
-  }, 1e-6);
+  expect_close(
+      table,
+      [&](int64_t i, int64_t j) {
+        const double angle = static_cast<double>(static_cast<float>(positions(i, 0)) * inv_freq[static_cast<size_t>(j % c.columns)]);
+        return 1.5 * (j < c.columns ? std::cos(angle) : std::sin(angle));
+      },
+      1e-6);
   run_in_ranges({&x}, c.rows, [&](int64_t b, int64_t e) { cpu::rope({.x = x.m(), .table = table.m()}, b, e); });
   expect_close(x, [&](int64_t i, int64_t j) {
     const int64_t h = j / H * H, k = j % c.columns;
@@ -199,7 +208,8 @@ TEST_P(KernelsTest, RopeRotatesPairsAndBack) {
     return j - h < c.columns ? first * cosine - second * sine : second * cosine + first * sine;
   });
   cpu::rope({.x = x.m(), .table = table.m(), .direction = -1}, 0, c.rows);
-  expect_close(x, [&](int64_t i, int64_t j) { return 2.25 * x0(i, j); }, 1e-5, 4);
+  expect_close(
+      x, [&](int64_t i, int64_t j) { return 2.25 * x0(i, j); }, 1e-5, 4);
 }
 
 TEST_P(KernelsTest, SwigluAndItsGradientMatchTheirFormula) {
@@ -237,17 +247,21 @@ TEST_P(KernelsTest, CrossEntropyMatchesItsFormula) {
     total_expected += 0.25 * l;
     return l;
   });
-  expect_close(logits, [&](int64_t i, int64_t j) {
-    if (labels(i, 0) < 0) return 0.0;
-    return 0.25 * (std::exp(x(i, j) - lse[static_cast<size_t>(i)]) - (static_cast<double>(j) == labels(i, 0) ? 1 : 0));
-  }, 2e-6, 0.01);
+  expect_close(
+      logits,
+      [&](int64_t i, int64_t j) {
+        if (labels(i, 0) < 0) return 0.0;
+        return 0.25 * (std::exp(x(i, j) - lse[static_cast<size_t>(i)]) - (static_cast<double>(j) == labels(i, 0) ? 1 : 0));
+      },
+      2e-6, 0.01);
   cpu::sum_loss({.total = &total, .loss = loss.m(), .scale = 0.25});
   EXPECT_NEAR(total, total_expected, 1e-5 * total_expected);
 }
 
 TEST_P(KernelsTest, EmbedAndItsGradientFollowTheIds) {
   const int64_t V = 6;
-  const Values table = Values::random(V, c.columns, c.weight, 1, 1), dh = random(c.rows, c.columns, 2), dtable0 = Values::random(V, c.columns, Dtype::kF32, 2, 3);
+  const Values table = Values::random(V, c.columns, c.weight, 1, 1), dh = random(c.rows, c.columns, 2),
+               dtable0 = Values::random(V, c.columns, Dtype::kF32, 2, 3);
   Values h(c.rows, c.columns, c.activation, c.gap), ids(c.rows, 1, Dtype::kI64, 1), dtable = dtable0;
   for (int64_t i = 0; i < c.rows; ++i) ids.set(i, 0, static_cast<double>(i * i % V));
   run_in_ranges({&h}, c.rows, [&](int64_t b, int64_t e) { cpu::embed({.h = h.m(), .table = table.m(), .ids = ids.m()}, b, e); });
@@ -255,7 +269,8 @@ TEST_P(KernelsTest, EmbedAndItsGradientFollowTheIds) {
   run_in_ranges({&dtable}, c.columns, [&](int64_t b, int64_t e) { cpu::embed_grad({.dtable = dtable.m(), .dh = dh.m(), .ids = ids.m()}, b, e); });
   Values in_order = dtable0;
   for (int64_t i = 0; i < c.rows; ++i)
-    for (int64_t j = 0; j < c.columns; ++j) in_order.set(i * i % V, j, static_cast<double>(static_cast<float>(in_order(i * i % V, j)) + static_cast<float>(dh(i, j))));
+    for (int64_t j = 0; j < c.columns; ++j)
+      in_order.set(i * i % V, j, static_cast<double>(static_cast<float>(in_order(i * i % V, j)) + static_cast<float>(dh(i, j))));
   EXPECT_TRUE(dtable == in_order);
 }
 
@@ -272,7 +287,8 @@ TEST_P(KernelsTest, ZeroCopyAndAddReachEveryElement) {
       for (int64_t j = 0; j < c.columns; ++j) rounded.set(i, j, x(i, j));
     EXPECT_TRUE(y == rounded);
     run_in_ranges({&y}, n, [&](int64_t b, int64_t e) { cpu::zero(y.m(), b, e); });
-    expect_close(y, [](int64_t, int64_t) { return 0.0; }, 0, 0);
+    expect_close(
+        y, [](int64_t, int64_t) { return 0.0; }, 0, 0);
   }
 }
 
@@ -282,11 +298,14 @@ TEST_P(KernelsTest, BiasIsAddedAndItsGradientIsTheColumnSum) {
   run_in_ranges({&y}, c.rows, [&](int64_t first, int64_t last) { cpu::add_bias({y.m(), b.m()}, first, last); });
   expect_close(y, [&](int64_t i, int64_t j) { return y0(i, j) + b(0, j); });
   run_in_ranges({&db}, c.columns, [&](int64_t first, int64_t last) { cpu::bias_grad({.db = db.m(), .dy = y0.m()}, first, last); });
-  expect_close(db, [&](int64_t, int64_t j) {
-    double sum = db0(0, j);
-    for (int64_t i = 0; i < c.rows; ++i) sum += y0(i, j);
-    return sum;
-  }, 2e-6, 10);
+  expect_close(
+      db,
+      [&](int64_t, int64_t j) {
+        double sum = db0(0, j);
+        for (int64_t i = 0; i < c.rows; ++i) sum += y0(i, j);
+        return sum;
+      },
+      2e-6, 10);
 }
 
 TEST_P(KernelsTest, UnpackSumsWhatPackSentTwice) {
@@ -296,7 +315,8 @@ TEST_P(KernelsTest, UnpackSumsWhatPackSentTwice) {
   Values packed(s, C + (C + 1) / 2, c.activation), back(s, C, c.activation, c.gap);
   const PackArgs pack{.x = x.m(), .packed = packed.m().data, .ranges = ranges.data(), .num_ranges = 2};
   run_in_ranges({&packed}, s, [&](int64_t b, int64_t e) { cpu::pack_columns(pack, b, e); });
-  expect_close(packed, [&](int64_t i, int64_t j) { return j < C ? x(i, j) : x(i, C / 2 + j - C); }, 0, 0);
+  expect_close(
+      packed, [&](int64_t i, int64_t j) { return j < C ? x(i, j) : x(i, C / 2 + j - C); }, 0, 0);
   const PackArgs unpack{.x = back.m(), .packed = packed.m().data, .ranges = ranges.data(), .num_ranges = 2};
   run_in_ranges({&back}, s, [&](int64_t b, int64_t e) { cpu::unpack_columns(unpack, b, e); });
   for (int64_t i = 0; i < s; ++i)
@@ -336,18 +356,30 @@ TEST_P(KernelsTest, AdamwFollowsTheFormulaAndRoundsTheWeight) {
   for (int64_t i = 0; i < n; ++i) v.set(0, i, v(0, i) * v(0, i));
   const Values p0 = master, m0 = m, v0 = v, g0 = gradient;
   const double squared_norm = 16, lr = 1e-3, decay = 0.1;
-  AdamwArgs a{.weight = weight.m().data, .weight_dtype = c.weight, .count = n, .squared_norm = &squared_norm, .clip = 1, .learning_rate = lr, .weight_decay = decay, .step = 3};
+  AdamwArgs a{.weight = weight.m().data,
+              .weight_dtype = c.weight,
+              .count = n,
+              .squared_norm = &squared_norm,
+              .clip = 1,
+              .learning_rate = lr,
+              .weight_decay = decay,
+              .step = 3};
   a.master = address(master), a.m = address(m), a.v = address(v), a.gradient = address(gradient);
   run_in_ranges({&master, &m, &v, &gradient, &weight}, n, [&](int64_t b, int64_t e) { cpu::adamw(a, b, e); });
   const auto g = [&](int64_t j) { return g0(0, j) / (4 + 1e-6); };
   const auto m_next = [&](int64_t j) { return 0.9 * m0(0, j) + 0.1 * g(j); };
   const auto v_next = [&](int64_t j) { return 0.999 * v0(0, j) + 0.001 * g(j) * g(j); };
-  expect_close(m, [&](int64_t, int64_t j) { return m_next(j); }, 1e-6, 0.1);
-  expect_close(v, [&](int64_t, int64_t j) { return v_next(j); }, 1e-6, 1e-4);
-  expect_close(master, [&](int64_t, int64_t j) {
-    const double p = p0(0, j) * (1 - lr * decay);
-    return p - lr / (1 - std::pow(0.9, 3)) * m_next(j) / (std::sqrt(v_next(j)) / std::sqrt(1 - std::pow(0.999, 3)) + 1e-8);
-  }, 1e-6);
+  expect_close(
+      m, [&](int64_t, int64_t j) { return m_next(j); }, 1e-6, 0.1);
+  expect_close(
+      v, [&](int64_t, int64_t j) { return v_next(j); }, 1e-6, 1e-4);
+  expect_close(
+      master,
+      [&](int64_t, int64_t j) {
+        const double p = p0(0, j) * (1 - lr * decay);
+        return p - lr / (1 - std::pow(0.9, 3)) * m_next(j) / (std::sqrt(v_next(j)) / std::sqrt(1 - std::pow(0.999, 3)) + 1e-8);
+      },
+      1e-6);
   for (int64_t j = 0; j < n; ++j) {
     ASSERT_EQ(gradient(0, j), 0);
     ASSERT_EQ(weight(0, j), c.weight == Dtype::kBf16 ? static_cast<double>(to_float(to_bf16(static_cast<float>(master(0, j))))) : master(0, j));
@@ -362,10 +394,12 @@ TEST_P(KernelsTest, AdamwFollowsTheFormulaAndRoundsTheWeight) {
 // The compiler may not fuse or reorder anything: plain code that calls std::fma gives the same bits.
 TEST(AdamwTest, BitsAreThoseOfTheWrittenFormula) {
   const int64_t n = 1000;
-  Values master = Values::random(1, n, Dtype::kF32, 0, 1), m = Values::random(1, n, Dtype::kF32, 0, 2), v(1, n, Dtype::kF32), gradient = Values::random(1, n, Dtype::kF32, 0, 3);
+  Values master = Values::random(1, n, Dtype::kF32, 0, 1), m = Values::random(1, n, Dtype::kF32, 0, 2), v(1, n, Dtype::kF32),
+         gradient = Values::random(1, n, Dtype::kF32, 0, 3);
   const Values p0 = master, m0 = m, g0 = gradient;
   AdamwArgs a{.weight = master.m().data, .count = n, .learning_rate = 0.01, .weight_decay = 0.01, .step = 1};
-  a.master = static_cast<float*>(master.m().data), a.m = static_cast<float*>(m.m().data), a.v = static_cast<float*>(v.m().data), a.gradient = static_cast<float*>(gradient.m().data);
+  a.master = static_cast<float*>(master.m().data), a.m = static_cast<float*>(m.m().data), a.v = static_cast<float*>(v.m().data),
+  a.gradient = static_cast<float*>(gradient.m().data);
   cpu::adamw(a, 0, n);
   const AdamwConstants k = adamw_constants(a);
   for (int64_t i = 0; i < n; ++i) {

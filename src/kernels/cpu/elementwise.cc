@@ -23,9 +23,7 @@ CopyArgs flattened_pair(const Matrix& y, const Matrix& x) {
   return {flattened(y), flattened(x)};
 }
 
-char* bytes_at(const Matrix& m, int64_t row, int64_t column) {
-  return static_cast<char*>(m.data) + (row * m.stride + column) * bytes_of(m.dtype);
-}
+char* bytes_at(const Matrix& m, int64_t row, int64_t column) { return static_cast<char*>(m.data) + (row * m.stride + column) * bytes_of(m.dtype); }
 
 ULY_CLONES void cast(const Matrix& y, const Matrix& x, int64_t begin, int64_t end) {
   for_float_types(y.dtype, x.dtype, "copy", [&](auto t, auto u) ULY_INLINE_LAMBDA {

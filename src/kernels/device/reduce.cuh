@@ -59,7 +59,8 @@ static __global__ void __launch_bounds__(1024) add_partial_rows_kernel(float* to
 }
 
 inline void add_partial_rows(const char* kernel, void* total, const void* partial, int64_t blocks, int64_t columns, Stream stream) {
-  add_partial_rows_kernel<<<static_cast<unsigned>((columns + 31) / 32), dim3(32, 32), 0, stream>>>(static_cast<float*>(total), static_cast<const float*>(partial), blocks, columns);
+  add_partial_rows_kernel<<<static_cast<unsigned>((columns + 31) / 32), dim3(32, 32), 0, stream>>>(static_cast<float*>(total),
+                                                                                                   static_cast<const float*>(partial), blocks, columns);
   check_launch(kernel);
 }
 

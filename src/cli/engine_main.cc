@@ -1,0 +1,106 @@
+// One rank: `ulysses-engine train RECIPE --model FOLDER --tokens FILE [...]`, its place in the environment. Started by
+// `ulysses`; the last place where a rank's error becomes a sentence and an exit code.
+#include <c10/util/Exception.h>
+#include <torch/version.h>
+
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <new>
+
+#include "base/check.h"
+#include "cli/verbs.h"
+#include "train/train.h"
+
+namespace uly::cli {
+namespace {
+
+// Rank 0 speaks as `ulysses` does; of other ranks the launcher needs to know which line is the error.
+const char* prefix() {
+  const char* rank = std::getenv("RANK");
+  return rank == nullptr || std::string(rank) == "0" ? "" : "error: ";
+}
+
+[[noreturn]] void end(const std::string& message, Exit exit) {
+  if (!message.empty()) fmt::print(stderr, "{}{}\n", prefix(), message);
+  std::fflush(stdout);
+  std::fflush(stderr);
+  // Other threads may still wait for peers that will not come.
+  std::_Exit(static_cast<int>(exit));
+}
+
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+// Says what the exception means and ends the process.
+[[noreturn]] void end_by(const std::exception_ptr& exception) {
+  const bool debug = std::getenv("ULYSSES_DEBUG") != nullptr;
+  try {
+    std::rethrow_exception(exception);
+  } catch (const InternalError& e) {
+    end(fmt::format("internal error: {}", e.what()), e.exit());
+  } catch (const Error& e) {
+    end(e.what(), e.exit());
+  } catch (const c10::Error& e) {
+    const std::string what = debug ? e.what() : first_line(e.what_without_backtrace());
+    if (what.find("can't allocate memory") != std::string::npos) end(fmt::format("this machine has too little memory left: {}", what), Exit::kDevice);
+    end(fmt::format("internal error: {}{}", what, debug ? "" : "; set ULYSSES_DEBUG=1 for the place"), Exit::kInternal);
+  } catch (const std::bad_alloc&) {
+    end("this machine has too little memory left", Exit::kDevice);
+  } catch (const std::exception& e) {
+    end(fmt::format("internal error: {}", debug ? std::string(e.what()) : first_line(e.what())), Exit::kInternal);
+  } catch (...) {
+    end("internal error: an exception without a text", Exit::kInternal);
+  }
+}
+
+// An exception that leaves another thread, or a destructor, comes here.
+[[noreturn]] void on_terminate() {
+  const std::exception_ptr exception = std::current_exception();
+  if (exception) end_by(exception);
+  end("internal error: terminated without an exception", Exit::kInternal);
+}
+
+int run(int argc, char** argv) {
+  CLI::App app{"One rank of a training run; `ulysses` starts it", "ulysses-engine"};
+  app.set_version_flag("--version", fmt::format("ulysses-engine {}, torch {}", kVersion, TORCH_VERSION));
+  app.require_subcommand(1);
+  CLI::App* train = app.add_subcommand("train", "Train as the recipe says");
+  train::Job job;
+  std::vector<std::string> words;
+  std::string device = "cpu";
+  train->add_option("words", words, "RECIPE.yml, then key.path=value ...")->required();
+  train->add_option("--model", job.model_folder, "folder with config.json and weights")->required();
+  train->add_option("--tokens", job.tokens_path, "token file")->required();
+  train->add_option("--tokenizer", job.tokenizer_folder, "folder whose tokenizer is saved with the model; without it, the model's");
+  train->add_option("--dump", job.dump_folder, "folder for the loss and gradients of each step");
+  train->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& e) {
+    return app.exit(e);
+  } catch (const CLI::ParseError& e) {
+    user_error("ulysses-engine: {}", e.what());
+  }
+  job.recipe_path = words[0];
+  job.overrides.assign(words.begin() + 1, words.end());
+  job.cuda = device == "cuda";
+  ULY_USER_CHECK(!job.cuda, "training on GPUs is not available in this version; use --device cpu");
+  return train::run(job);
+}
+
+}  // namespace
+}  // namespace uly::cli
+
+int main(int argc, char** argv) {
+  std::set_terminate(uly::cli::on_terminate);
+  std::signal(SIGPIPE, SIG_IGN);
+  try {
+    const int code = uly::cli::run(argc, argv);
+    std::fflush(stdout);
+    return code;
+  } catch (...) {
+    uly::cli::end_by(std::current_exception());
+  }
+}
