@@ -260,6 +260,9 @@ def _load_dataset(source):
 def _quiet(datasets):
     import sys
 
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
     datasets.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

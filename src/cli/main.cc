@@ -83,6 +83,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   CLI::App app{verb.doc, fmt::format("ulysses {}", verb.name)};
   std::vector<std::string> words;
   std::string ignored;
+  bool ignored_flag = false;
   int64_t num_ranks = 0;
   app.add_option("words", words, verb.takes_recipe ? "RECIPE.yml, then key.path=value ..." : "nothing");
   app.add_option_function<std::string>("--device", [&](const std::string& device) { options.device = device; }, "cpu or cuda");
@@ -93,7 +94,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   app.add_option("--local_rank,--local-rank", ignored, "")->group("");             // other launchers pass it; LOCAL_RANK says it
   std::vector<const CLI::Option*> refused;
   for (const Refused& r : kRefused)
-    refused.push_back(r.takes_value ? app.add_option(r.names, ignored, "")->group("") : app.add_flag(r.names, "")->group(""));
+    refused.push_back(r.takes_value ? app.add_option(std::string(r.names), ignored, "")->group("") : app.add_flag(std::string(r.names), ignored_flag, "")->group(""));
   std::reverse(arguments.begin(), arguments.end());
   try {
     app.parse(arguments);

@@ -27,6 +27,7 @@ Batch make_batch(const TokenFile& file, const std::vector<int64_t>& samples, int
       if (i + 1 < n && trained[i + 1]) batch.labels[here] = ids[i + 1];
     }
     batch.num_trained += file.count_trained(sample);
+    batch.longest_document = std::max(batch.longest_document, n);
     at += n;
     batch.document_starts.push_back(at);
   }

@@ -15,6 +15,7 @@ struct Batch {
   std::vector<int64_t> ids, labels, positions;    // this rank's s = S / P tokens
   std::vector<int64_t> document_starts;           // over S: 0, ..., S; padding is the last document
   int64_t num_tokens = 0, num_trained = 0;        // of the whole micro-batch, without padding
+  int64_t longest_document = 0;                   // without padding
 };
 
 // Documents: `samples` of `file` in order, then padding up to S. Rank p of P gets tokens [p S/P, (p+1) S/P).

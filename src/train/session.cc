@@ -76,9 +76,7 @@ const Session::Program& Session::program_for(int64_t S) {
 
 void Session::micro_step(const data::Batch& batch, double scale) {
   const Program& program = program_for(batch.S);
-  int64_t longest = 0;
-  for (size_t d = 0; d + 1 < batch.document_starts.size(); ++d) longest = std::max(longest, batch.document_starts[d + 1] - batch.document_starts[d]);
-  const models::RopeTable rope = models::rope_table(spec(), longest);
+  const models::RopeTable rope = models::rope_table(spec(), batch.longest_document);
   engine::BatchData data{.ids = batch.ids, .labels = batch.labels, .positions = batch.positions, .scale = scale, .inverse_frequencies = rope.inverse_frequencies, .rope_factor = rope.attention_factor, .padding_token = spec().padding_token};
   data.document_starts = program.options.exchange ? batch.document_starts : data::starts_within_shard(batch.document_starts, batch.S, mesh_.P, mesh_.p());
   engine_->begin_step(program.places, data);
