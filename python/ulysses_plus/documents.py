@@ -38,7 +38,7 @@ def documents(request, sources, tokenizer):
     at = f"{source.where}: {source.name}"
     if spoken == 0:
         raise UserError(
-            f"{at}: expected chats with an assistant turn, found none in {len(silent)} samples: set role_mapping in the source"
+            f"{at}: expected chats with an assistant turn, found none in {len(silent)} sample{'s' * (len(silent) > 1)}: set role_mapping in the source"
         )
     more = f" ({len(silent)} such samples)" if len(silent) > 1 else ""
     raise UserError(f"{at}, sample {sample}: expected an assistant turn, found none{more}: remove the sample or set mask_inputs to false")

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, get_scheduler
 
+torch.set_num_threads(1)
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ENGINE = pathlib.Path(os.environ.get("ULYSSES_BUILD", ROOT / "build")) / "ulysses-engine"
 LENGTHS = (37, 5, 64, 1, 50)
