@@ -1,8 +1,10 @@
 // The command line: the table of verbs, their options, and the one place where errors become exit codes.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <exception>
+#include <optional>
 
 #include "base/check.h"
 #include "cli/verbs.h"

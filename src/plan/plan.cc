@@ -52,55 +52,67 @@ int64_t longest_micro_batch(const recipe::Recipe& r, int64_t max_length, const d
   return std::accumulate(lengths.begin(), lengths.begin() + static_cast<int64_t>(n), int64_t{0});
 }
 
-Price price_costliest(const step::Model& model, Plan& plan) {
+// Reads all programs of a step.
+void read_step(Priced& priced, const step::Model& model, const step::Options& options) {
+  const step::States states = step::make_states(priced, model.units, options);
+  step::micro_step(priced, model, options, states);
+  step::finish_gradients(priced, options, states);
+  step::update(priced, model, options, states);
+}
+
+int64_t total_bytes(const Price& p) { return p.run_bytes + p.step_places.arena_bytes; }
+
+// Prices the step on the rank to which it costs most: those with the same heads are alike.
+void price_costliest(const step::Model& model, Plan& plan) {
   std::set<std::pair<int64_t, int64_t>> seen;
-  Price costliest;
+  plan.price = {};
   for (int64_t p = 0; p < plan.mesh.P; ++p) {
     const ops::Heads h = step::heads_of_rank(model.spec, plan.options.exchange_ranks(), plan.options.exchange ? p : 0);
     if (!seen.insert({h.n, h.k}).second) continue;
     step::Options o = plan.options;
     o.mesh.rank = p;
     Price price = price_step(model, o);
-    if (price.step_places.arena_bytes <= costliest.step_places.arena_bytes) continue;
-    costliest = std::move(price);
+    if (total_bytes(price) <= total_bytes(plan.price)) continue;
+    plan.price = std::move(price);
     plan.costliest_rank = p;
   }
-  return costliest;
 }
-
-int64_t total_bytes(const Price& p) { return p.run_bytes + p.step_places.arena_bytes; }
 
 // Keeps as much as fits: everything in as many layers as possible, then projections, then inputs only.
 void choose_kept(const step::Model& model, Plan& plan) {
   const size_t L = static_cast<size_t>(model.spec.L);
-  const int64_t limit = plan.budget_bytes * 4 / 5;
-  // Level n keeps everything in its first n layers; beyond L, counted down: projections instead of inputs in the rest.
-  const auto price_with = [&](size_t all, size_t projections) {
+  const double limit = 0.8 * static_cast<double>(plan.budget_bytes);
+  const auto keep = [&](size_t all, size_t projections) {
     plan.options.keep.assign(L, step::Keep::kInput);
-    for (size_t l = 0; l < L; ++l)
-      if (l < all) plan.options.keep[l] = step::Keep::kAll;
-      else if (l < all + projections) plan.options.keep[l] = step::Keep::kProjections;
-    plan.price = price_costliest(model, plan);
-    return total_bytes(plan.price) <= limit;
+    std::fill_n(plan.options.keep.begin(), projections, step::Keep::kProjections);
+    std::fill_n(plan.options.keep.begin(), all, step::Keep::kAll);
   };
-  if (plan.budget_bytes == 0) {
-    price_with(0, 0);
-    return;
-  }
-  if (price_with(L, 0)) return;
-  const auto most = [&](auto fits) {  // the largest n <= L with fits(n); fits is monotonic
+  // By what is alive at once: placing the buffers costs more time and adds little.
+  const auto fits = [&](size_t all, size_t projections) {
+    keep(all, projections);
+    Priced priced({plan.mesh.P, plan.mesh.W}, plan.options.s);
+    read_step(priced, model, plan.options);
+    return static_cast<double>(priced.peak()) <= limit;
+  };
+  const auto most = [&](auto fits_with) {  // the largest n <= L with fits_with(n), which is monotonic
     size_t low = 0, high = L;
     while (low < high) {
       const size_t middle = (low + high + 1) / 2;
-      if (fits(middle)) low = middle;
+      if (fits_with(middle)) low = middle;
       else high = middle - 1;
     }
     return low;
   };
-  const size_t projections = most([&](size_t n) { return price_with(0, n); });
-  const size_t all = projections < L ? 0 : most([&](size_t n) { return price_with(n, L - n); });
-  price_with(all, all > 0 ? L - all : projections);
-  if (total_bytes(plan.price) <= plan.budget_bytes) return;
+  size_t projections = 0, all = 0;
+  if (plan.budget_bytes > 0 && fits(L, L)) {
+    all = L;
+  } else if (plan.budget_bytes > 0 && fits(0, 0)) {
+    projections = most([&](size_t n) { return fits(0, n); });
+    if (projections == L) all = most([&](size_t n) { return fits(n, L); });
+  }
+  keep(all, projections);
+  price_costliest(model, plan);
+  if (plan.budget_bytes == 0 || total_bytes(plan.price) <= plan.budget_bytes) return;
   plan.fits = false;
   plan.why_not = fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; lower data.max_length or use more ranks",
                              format_bytes(total_bytes(plan.price)), format_bytes(plan.budget_bytes), format_bytes(plan.price.run_bytes), format_bytes(plan.price.step_places.arena_bytes));
@@ -117,10 +129,7 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
 
 Price price_step(const step::Model& model, const step::Options& options) {
   Priced priced({options.mesh.P, options.mesh.W}, options.s);
-  const step::States states = step::make_states(priced, model.units, options);
-  step::micro_step(priced, model, options, states);
-  step::finish_gradients(priced, options, states);
-  step::update(priced, model, options, states);
+  read_step(priced, model, options);
   return priced.price();
 }
 

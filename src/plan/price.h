@@ -27,11 +27,12 @@ struct Price {
   double exchanged_bytes = 0, gathered_bytes = 0, scattered_bytes = 0;  // sent by this rank
 };
 
-// Reads programs; price() may be asked once after all of them.
+// Reads programs. price() places the buffers; peak() is the cheaper question.
 class Priced final : public ops::Ops {
  public:
   explicit Priced(const std::array<int64_t, 2>& group_sizes, int64_t s);
   Price price() const;
+  int64_t peak() const { return price_.run_bytes + price_.peak_bytes; }
 
   ops::Buffer make(int64_t rows, int64_t columns, Dtype dtype, ops::Kind kind, std::string_view what, ops::Life life, ops::Tier tier) override;
   void release(const ops::Buffer& b) override;

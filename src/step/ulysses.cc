@@ -54,13 +54,13 @@ ops::Held Ulysses::to_heads(ops::Buffer x_s, const ops::ColumnBlocks& blocks, co
   return received;
 }
 
-ops::Held Ulysses::to_tokens(ops::Held x_S, const ops::ColumnBlocks& blocks, int64_t columns, const char* what) const {
+ops::Held Ulysses::to_tokens(ops::Held x_S, const ops::ColumnBlocks& blocks, int64_t columns, ops::Kind kind, const char* what) const {
   const int64_t s = options_.s;
   const std::vector<int64_t> receive_elements = widths(blocks, s), send_elements(P_, s * width(blocks[p_]));
   ops::Held received(ops_, 1, sum(receive_elements), (*x_S).dtype, ops::Kind::kCommunication, "exchange: received by rank");
   ops_.wait(ops_.all_to_all(received, x_S, ops::Group::kSequence, receive_elements, send_elements));
   x_S.reset();
-  ops::Held x_s(ops_, s, columns, (*received).dtype, ops::Kind::kActivations, what);
+  ops::Held x_s(ops_, s, columns, (*received).dtype, kind, what);
   ops_.unpack_columns(x_s, received, blocks);
   return x_s;
 }
@@ -72,12 +72,12 @@ ops::Held Ulysses::qkv_to_heads(ops::Held qkv_s) const {
 
 ops::Held Ulysses::qkv_grad_to_tokens(ops::Held dqkv_S) const {
   if (alone()) return dqkv_S;
-  return to_tokens(std::move(dqkv_S), qkv_blocks_, qkv_columns_, "gradient of q, k, v");
+  return to_tokens(std::move(dqkv_S), qkv_blocks_, qkv_columns_, ops::Kind::kActivations, "gradient of q, k, v");
 }
 
 ops::Held Ulysses::output_to_tokens(ops::Held o_SnH) const {
   if (alone()) return o_SnH;
-  return to_tokens(std::move(o_SnH), output_blocks_, output_columns_, "attention output");
+  return to_tokens(std::move(o_SnH), output_blocks_, output_columns_, ops::Kind::kSaved, "attention output");
 }
 
 ops::Held Ulysses::output_to_heads(ops::Buffer o_sNH) const { return to_heads(o_sNH, output_blocks_, "attention output of my heads"); }

@@ -26,7 +26,7 @@ class Ulysses {
  private:
   // Exchanges blocks packed by rank; `width` columns arrive from each rank for my tokens' or heads' share.
   ops::Held to_heads(ops::Buffer x_s, const ops::ColumnBlocks& blocks, const char* what) const;
-  ops::Held to_tokens(ops::Held x_S, const ops::ColumnBlocks& blocks, int64_t columns, const char* what) const;
+  ops::Held to_tokens(ops::Held x_S, const ops::ColumnBlocks& blocks, int64_t columns, ops::Kind kind, const char* what) const;
 
   ops::Ops& ops_;
   const Options& options_;

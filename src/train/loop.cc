@@ -12,6 +12,7 @@
 #include "base/units.h"
 #include "checkpoint/hub.h"
 #include "data/sampler.h"
+#include "memory/gauges.h"
 #include "train/metrics.h"
 #include "train/save.h"
 #include "train/session.h"
@@ -182,21 +183,25 @@ void Loop::run() {
   maybe_save(epoch, false, true);
 }
 
-void say_memory(Session& s) {
-  const auto& e = s.engine();
-  if (s.first()) say("within a step: {} priced, {} used", format_bytes(s.plan().price.step_places.arena_bytes), format_bytes(e.peak_placed_bytes()));
+// `before`: resident bytes before the arenas were made. What is left over is what ATen and Gloo have allocated.
+void say_memory(Session& s, int64_t before) {
+  if (!s.first()) return;
+  const int64_t priced = s.plan().price.run_bytes, used = s.engine().peak_placed_bytes(), peak = memory::peak_resident_bytes();
+  say("memory: {} at most = {} program and libraries + {} between steps + {} within one ({} priced) + {} that libraries allocated", format_bytes(peak), format_bytes(before), format_bytes(priced),
+      format_bytes(used), format_bytes(s.plan().price.step_places.arena_bytes), format_bytes(std::max<int64_t>(0, peak - before - priced - used)));
 }
 
 }  // namespace
 
 int run(const Job& job, comm::World& world) {
   const c10::InferenceMode no_autograd;
+  const int64_t before = memory::resident_bytes();
   Session session(job, world);
   if (session.first())
     for (const plan::Line& line : session.plan().lines) say("{:<10} {}", line.subject, line.text);
   Loop loop(session, job);
   loop.run();
-  say_memory(session);
+  say_memory(session, before);
   world.all().barrier();
   return static_cast<int>(Exit::kDone);
 }

@@ -1,0 +1,51 @@
+// The arena that a step uses is the one that was priced.
+#include <gtest/gtest.h>
+
+#include "comm/world.h"
+#include "engine/engine.h"
+#include "plan/plan.h"
+#include "step/decoder.h"
+
+namespace uly::parity {
+namespace {
+
+models::Spec tiny() {
+  models::Spec s;
+  s.D = 64, s.F = 96, s.N = 6, s.K = 2, s.H = 16, s.V = 500, s.L = 3;
+  s.qk_norm = true;
+  return s;
+}
+
+class ArenaTest : public testing::TestWithParam<step::Keep> {};
+
+TEST_P(ArenaTest, MeasuredPeakEqualsThePricedOne) {
+  const step::Model model(tiny());
+  step::Options o;
+  o.s = 700;
+  o.dtype = Dtype::kF32;
+  o.mlp_tile = 256, o.loss_tile = 192;
+  o.keep.assign(3, GetParam());
+  const plan::Price price = plan::price_step(model, o);
+
+  comm::World world = std::move(comm::World::threads(1)[0]);
+  const std::unique_ptr<comm::Group> sequence = world.subgroup({0}, "sequence");
+  engine::Engine engine(world.all(), *sequence);
+  engine.begin_run(price.run_places);
+  const step::States states = step::make_states(engine, model.units, o);
+  const models::RopeTable rope = models::rope_table(model.spec, o.s);
+  engine::BatchData batch{.ids = std::vector<int64_t>(700, 3), .labels = std::vector<int64_t>(700, 5), .positions = {}, .document_starts = {0, 300, 700}, .scale = 1.0 / 700, .inverse_frequencies = rope.inverse_frequencies};
+  for (int64_t i = 0; i < 700; ++i) batch.positions.push_back(i < 300 ? i : i - 300);
+  engine.begin_step(price.step_places, batch);
+  step::micro_step(engine, model, o, states);
+
+  EXPECT_EQ(engine.peak_alive_bytes(), price.peak_bytes);
+  EXPECT_EQ(engine.peak_placed_bytes(), price.step_places.arena_bytes);
+  const int64_t touched = engine.step_arena().touched_bytes();
+  EXPECT_GT(touched, price.step_places.arena_bytes * 9 / 10);
+  EXPECT_LE(touched, (price.step_places.arena_bytes + (2 << 20)) / (2 << 20) * (2 << 20)) << "whole huge pages";
+}
+
+INSTANTIATE_TEST_SUITE_P(Kept, ArenaTest, testing::Values(step::Keep::kInput, step::Keep::kProjections, step::Keep::kAll));
+
+}  // namespace
+}  // namespace uly::parity
