@@ -72,11 +72,11 @@ class JsonRows:
 
     def _decoded(self, line, number):
         try:
-            return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{self.path}:{number}: expected one JSON object on this line, found {error.msg[0].lower()}{error.msg[1:]} "
-                f"at column {error.colno}: correct or remove the line"
+                f"{self.path}:{number}: expected one JSON object on this line, found an error at column {error.pos + 1} "
+                f"({error.msg[0].lower()}{error.msg[1:]}): correct or remove the line"
             ) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}:{number}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error

@@ -16,6 +16,8 @@ Progress goes to stderr. Processes that want the same file build it once: the ot
 """
 
 import argparse
+import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -60,7 +62,7 @@ def prepare(request):
                 f"{sources_.place(request['where'], 'data.fail_on_missing_cache')}: expected the prepared data {path}, found none: "
                 "set it to false to prepare them now"
             )
-        with _Lock(path + ".lock"):
+        with _room(path, request["where"]), _Lock(path + ".lock"):
             found = token_file.read_summary(path)
             cached = found is not None
             if not cached:
@@ -98,6 +100,20 @@ def _build(request, sources, folder, at, path, provenance):
         writer.discard()
 
 
+@contextlib.contextmanager
+def _room(path, where):
+    """Within it a full disk is an error that names the cache."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{sources_.place(where, 'data.cache_dir')}: no room left on the disk of {os.path.dirname(path)}: make room or "
+            "choose another cache_dir"
+        ) from error
+
+
 def load_tokenizer(folder, name, at):
     """Returns the Transformers tokenizer of a folder; code that comes with it is never run."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -106,7 +122,7 @@ def load_tokenizer(folder, name, at):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{at}: {name}: expected a tokenizer, found one that cannot be read: {one_line(error, 200)}") from error
+        raise UserError(f"{at}: {name}: expected a tokenizer, found one that cannot be read: {type(error).__name__}: {one_line(error, 160)}") from error
 
 
 class Progress:
@@ -166,7 +182,7 @@ def _tokenizer_hashes(folder, at):
     for path in sorted(path for path in paths if os.path.isfile(path)):
         with open(path, "rb") as file:
             hashes[os.path.relpath(path, folder)] = hashlib.sha256(file.read()).hexdigest()
-    if not hashes:
+    if all(name.startswith(("chat_template", "additional_chat_templates")) for name in hashes):
         raise UserError(f"{at}: expected a tokenizer (tokenizer.json) in {folder}, found none: give tokenizer.name_or_path")
     return hashes
 

@@ -5,6 +5,7 @@ metadata of strings: format, vocabulary, provenance.
 """
 
 import array
+import contextlib
 import json
 import os
 import shutil
@@ -70,8 +71,9 @@ class TokenFileWriter:
 
     def discard(self):
         """Removes what is left of the temporary files."""
-        self.x_ids.close()
-        self.x_trained.close()
+        for file in (self.x_ids, self.x_trained):
+            with contextlib.suppress(OSError):    # what the disk has no room for is thrown away anyway
+                file.close()
         for name in self.x_names:
             if os.path.exists(name):
                 os.unlink(name)

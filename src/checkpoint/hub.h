@@ -43,6 +43,9 @@ class HubReader {
 // something there that this program did not write. Call it before training, so that no finished run meets it.
 void check_hub_target(const models::Spec& spec, const std::string& folder);
 
+// Makes the folder in which saved models are to lie, and throws UserError if it cannot be written or has no room for one.
+void check_hub_room(const models::Spec& spec, Dtype dtype, const std::string& output_dir);
+
 struct HubWriterOptions {
   std::string folder;            // where the model shall lie
   Dtype dtype = Dtype::kBf16;    // of the files and of what is appended: kBf16 or kF32

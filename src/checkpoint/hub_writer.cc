@@ -1,6 +1,9 @@
 #include <sys/statvfs.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <utility>
 
@@ -33,6 +36,16 @@ std::vector<std::vector<const models::Tensor*>> split(const std::vector<models::
       bytes += more;
     }
   return files;
+}
+
+// Says that the disk of `folder` has no room for a saved model; empty where it has, or where the disk does not tell.
+std::string lacks_room(const models::Spec& spec, Dtype dtype, const std::string& folder) {
+  const int64_t margin = 64 << 20;  // headers, index, tokenizer
+  const int64_t needed = models::num_parameters(spec) * bytes_of(dtype) + margin;
+  struct statvfs room {};
+  if (::statvfs(folder.c_str(), &room) != 0) return "";
+  const int64_t available = static_cast<int64_t>(room.f_bavail) * static_cast<int64_t>(room.f_frsize);
+  return available >= needed ? "" : fmt::format("no room on disk: needs {}, {} are free", format_bytes(needed), format_bytes(available));
 }
 
 }  // namespace
@@ -72,16 +85,18 @@ void HubWriter::plan_files() {
 }
 
 void HubWriter::check_room() const {
-  const int64_t margin = 64 << 20;  // headers, index, tokenizer
-  const int64_t needed = models::num_parameters(spec_) * bytes_of(options_.dtype) + margin;
-  struct statvfs room {};
-  if (::statvfs(incomplete_.c_str(), &room) != 0) return;
-  const int64_t available = static_cast<int64_t>(room.f_bavail) * static_cast<int64_t>(room.f_frsize);
-  if (available >= needed) return;
+  const std::string lacks = lacks_room(spec_, options_.dtype, incomplete_);
+  if (lacks.empty()) return;
   std::error_code ignored;
   fs::remove_all(incomplete_, ignored);
-  user_error("{}: no room on disk: needs {}, {} are free{}", options_.folder, format_bytes(needed), format_bytes(available),
-             fs::exists(options_.folder, ignored) ? "; the earlier save there stays until the new one is complete" : "");
+  user_error("{}: {}{}", options_.folder, lacks, fs::exists(options_.folder, ignored) ? "; the earlier save there stays until the new one is complete" : "");
+}
+
+void check_hub_room(const models::Spec& spec, Dtype dtype, const std::string& output_dir) {
+  make_folder(output_dir);
+  ULY_USER_CHECK(::access(output_dir.c_str(), W_OK) == 0, "{}: cannot be written: {}", output_dir, std::strerror(errno));
+  const std::string lacks = lacks_room(spec, dtype, output_dir);
+  ULY_USER_CHECK(lacks.empty(), "{}: {} for the model that is to be saved; make room or choose another output_dir", output_dir, lacks);
 }
 
 void HubWriter::open_file(int64_t file) {

@@ -1,14 +1,17 @@
 // One rank: `ulysses-engine train RECIPE --model FOLDER --tokens FILE [...]`, its place in the environment. Started by
 // `ulysses`; the last place where a rank's error becomes a sentence and an exit code.
 #include <c10/util/Exception.h>
+#include <c10/util/Logging.h>
 #include <torch/version.h>
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <new>
+#include <thread>
 
 #include "base/check.h"
 #include "cli/verbs.h"
@@ -23,7 +26,11 @@ const char* prefix() {
   return rank == nullptr || std::string(rank) == "0" ? "" : "error: ";
 }
 
+// Where several ranks run, one that lost a peer lets that peer speak first: the launcher ends this one meanwhile.
+constexpr std::chrono::milliseconds kPeerSpeaksFirst{2000};
+
 [[noreturn]] void end(const std::string& message, Exit exit) {
+  if (exit == Exit::kDevice && std::getenv("RANK") != nullptr) std::this_thread::sleep_for(kPeerSpeaksFirst);
   if (!message.empty()) fmt::print(stderr, "{}{}\n", prefix(), message);
   std::fflush(stdout);
   std::fflush(stderr);
@@ -95,7 +102,9 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   std::set_terminate(uly::cli::on_terminate);
+  if (std::getenv("ULYSSES_DEBUG") == nullptr) FLAGS_caffe2_log_level = c10::GLOG_FATAL;  // what fails is said by us, once
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error of write(), said in a sentence
   try {
     const int code = uly::cli::run(argc, argv);
     std::fflush(stdout);

@@ -15,10 +15,10 @@ namespace uly::cli {
 // Where a job runs.
 struct Ranks {
   bool cuda = false;
-  std::string why;                       // "no GPU visible": why this device, where the user did not choose
+  std::string why;  // "no GPU visible": why this device, where the user did not choose
   launch::Gpus gpus;
   int64_t world = 1;
-  std::optional<launch::Place> place;    // this process is one rank of a job that somebody else started
+  std::optional<launch::Place> place;  // this process is one rank of a job that somebody else started
 };
 
 // Decides device and number of ranks: --num_gpus, else the job's that this process belongs to (`join`), else

@@ -39,15 +39,41 @@ struct Refused {
   bool several_machines;
 };
 constexpr std::array<Refused, 35> kRefused = {{
-    {"-H,--hostfile", true, true},        {"-i,--include", true, true},        {"-e,--exclude", true, true},         {"--num_nodes", true, true},
-    {"--master_addr", true, true},        {"--node_rank", true, true},         {"--launcher", true, true},           {"--launcher_args", true, true},
-    {"--no_ssh", false, true},            {"--no_ssh_check", false, true},     {"--ssh_port", true, true},           {"--force_multi", false, true},
-    {"--module", false, false},           {"--no_python", false, false},       {"--no_local_rank", false, false},    {"--save_pid", false, false},
-    {"--enable_each_rank_log", true, false}, {"--bind_cores_to_rank", false, false}, {"--bind_core_list", true, false}, {"--venv_script", true, false},
-    {"--log_level", true, false},         {"-q,--quiet", false, false},        {"--autotuning", true, false},        {"--elastic_training", false, false},
-    {"--min_elastic_nodes", true, false}, {"--max_elastic_nodes", true, false}, {"--python_profile", true, false},   {"--mode", true, false},
-    {"--config", true, false},            {"--deepspeed", false, false},       {"--deepspeed_config", true, false},  {"--resume", false, false},
-    {"--profile", true, false},           {"--hosts", true, true},             {"--nnodes", true, true},
+    {"-H,--hostfile", true, true},
+    {"-i,--include", true, true},
+    {"-e,--exclude", true, true},
+    {"--num_nodes", true, true},
+    {"--master_addr", true, true},
+    {"--node_rank", true, true},
+    {"--launcher", true, true},
+    {"--launcher_args", true, true},
+    {"--no_ssh", false, true},
+    {"--no_ssh_check", false, true},
+    {"--ssh_port", true, true},
+    {"--force_multi", false, true},
+    {"--module", false, false},
+    {"--no_python", false, false},
+    {"--no_local_rank", false, false},
+    {"--save_pid", false, false},
+    {"--enable_each_rank_log", true, false},
+    {"--bind_cores_to_rank", false, false},
+    {"--bind_core_list", true, false},
+    {"--venv_script", true, false},
+    {"--log_level", true, false},
+    {"-q,--quiet", false, false},
+    {"--autotuning", true, false},
+    {"--elastic_training", false, false},
+    {"--min_elastic_nodes", true, false},
+    {"--max_elastic_nodes", true, false},
+    {"--python_profile", true, false},
+    {"--mode", true, false},
+    {"--config", true, false},
+    {"--deepspeed", false, false},
+    {"--deepspeed_config", true, false},
+    {"--resume", false, false},
+    {"--profile", true, false},
+    {"--hosts", true, true},
+    {"--nnodes", true, true},
 }};
 
 std::string help() {
@@ -88,15 +114,17 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   bool ignored_flag = false;
   int64_t num_ranks = 0;
   app.add_option("words", words, verb.takes_recipe ? "RECIPE.yml, then key.path=value ..." : "nothing");
-  app.add_option_function<std::string>("--device", [&](const std::string& device) { options.device = device; }, "cpu or cuda");
+  app.add_option_function<std::string>(
+      "--device", [&](const std::string& device) { options.device = device; }, "cpu or cuda");
   const CLI::Option* ranks = app.add_option("--num_gpus,--num_accelerators,--num-gpus", num_ranks, "ranks on this machine");
   app.add_option("--master_port,--master-port", options.master_port, "port at which the ranks meet")->check(CLI::Range(1, 65535));
   app.add_flag("--json", options.json, "for programs");
-  app.add_option("--dump", options.dump_folder, "")->group("");                    // loss and gradients of each step, for tests
-  app.add_option("--local_rank,--local-rank", ignored, "")->group("");             // other launchers pass it; LOCAL_RANK says it
+  app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests
+  app.add_option("--local_rank,--local-rank", ignored, "")->group("");  // other launchers pass it; LOCAL_RANK says it
   std::vector<const CLI::Option*> refused;
   for (const Refused& r : kRefused)
-    refused.push_back(r.takes_value ? app.add_option(std::string(r.names), ignored, "")->group("") : app.add_flag(std::string(r.names), ignored_flag, "")->group(""));
+    refused.push_back(r.takes_value ? app.add_option(std::string(r.names), ignored, "")->group("")
+                                    : app.add_flag(std::string(r.names), ignored_flag, "")->group(""));
   std::reverse(arguments.begin(), arguments.end());
   try {
     app.parse(arguments);

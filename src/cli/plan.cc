@@ -25,15 +25,15 @@ Ranks choose_ranks(const Options& options, const recipe::Recipe& recipe, bool jo
   if (join) ranks.place = launch::place_in_job();
   const int64_t P = recipe.sequence_parallel_size;
   if (ranks.place) {
-    ULY_USER_CHECK(!options.num_ranks || *options.num_ranks == ranks.place->world_size, "--num_gpus: this process belongs to a job of WORLD_SIZE = {} ranks, found {}",
-                   ranks.place->world_size, options.num_ranks.value_or(0));
+    ULY_USER_CHECK(!options.num_ranks || *options.num_ranks == ranks.place->world_size,
+                   "--num_gpus: this process belongs to a job of WORLD_SIZE = {} ranks, found {}", ranks.place->world_size, options.num_ranks.value_or(0));
     ranks.world = ranks.place->world_size;
   } else {
     ranks.world = options.num_ranks.value_or(P);
   }
   ULY_USER_CHECK(ranks.world >= 1, "--num_gpus: expected at least 1, found {}", ranks.world);
-  ULY_USER_CHECK(ranks.world % P == 0, "sequence_parallel_size ({}): expected a divisor of {} rank{}, found {}", recipe.where("sequence_parallel_size"), ranks.world,
-                 ranks.world == 1 ? "" : "s", P);
+  ULY_USER_CHECK(ranks.world % P == 0, "sequence_parallel_size ({}): expected a divisor of {} rank{}, found {}", recipe.where("sequence_parallel_size"),
+                 ranks.world, ranks.world == 1 ? "" : "s", P);
   return ranks;
 }
 

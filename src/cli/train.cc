@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "checkpoint/hub.h"
 #include "cli/job.h"
 #include "launch/local.h"
 
@@ -29,8 +30,21 @@ void check_device(const Ranks& ranks) {
   user_error("training on GPUs is not available in this version; use --device cpu");
 }
 
+// What one look at the model's files and folders tells is said now: here once, not by every rank after the data is prepared.
+void check_model(const recipe::Recipe& recipe, const models::Spec& spec) {
+  if (!recipe.model.random_init && !spec.randomly_initialized) checkpoint::HubReader(spec.folder, spec);
+  for (size_t i = 0; i < recipe.checkpoint.size(); ++i) {
+    const recipe::Checkpoint& c = recipe.checkpoint[i];
+    std::error_code ignored;
+    const std::string key = recipe.locations.contains(fmt::format("checkpoint.{}.output_dir", i)) ? fmt::format("checkpoint.{}.output_dir", i) : "checkpoint";
+    ULY_USER_CHECK(!c.enabled || !std::filesystem::equivalent(c.output_dir, spec.folder, ignored), "{} ({}): expected a folder other than the model's own, found {}", key,
+                   recipe.where(key), c.output_dir);
+  }
+}
+
 std::vector<std::string> engine_command(const Options& options, const models::Spec& spec, const std::string& tokenizer, const plan::DataFacts& facts) {
-  std::vector<std::string> command = {launch::engine_path(), "train", options.recipe, "--model", model_place(spec), "--tokens", facts.tokens_path, "--device", "cpu"};
+  std::vector<std::string> command = {launch::engine_path(), "train",    options.recipe, "--model", model_place(spec), "--tokens",
+                                      facts.tokens_path,     "--device", "cpu"};
   if (!tokenizer.empty()) command.insert(command.end(), {"--tokenizer", tokenizer});
   if (!options.dump_folder.empty()) command.insert(command.end(), {"--dump", options.dump_folder});
   command.insert(command.end(), options.overrides.begin(), options.overrides.end());
@@ -62,9 +76,9 @@ int train(const Options& options) {
   const models::Spec spec = find_model(recipe, Fetch::kWeights);
   const plan::Machine machine = plan::this_machine(ranks.cuda, ranks.gpus.visible);
   plan::make(recipe, spec, machine, ranks.world, std::nullopt);  // what cannot be is said before data is prepared for long
+  check_model(recipe, spec);
   const plan::DataFacts facts = prepare_data(recipe, spec);
   const plan::Plan plan = plan::make(recipe, spec, machine, ranks.world, facts);
-  if (speaks) std::fputs(plan::text(plan).c_str(), stderr);
   if (!plan.fits) throw WillNotFit(plan.why_not);
 
   const std::vector<std::string> command = engine_command(options, spec, tokenizer_folder(recipe), facts);

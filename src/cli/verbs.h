@@ -13,12 +13,12 @@ inline constexpr const char* kVersion = "0.1.0";
 // The command line after the verb.
 struct Options {
   std::string recipe;
-  std::vector<std::string> overrides;    // key.path=value
-  std::optional<std::string> device;     // cpu | cuda
-  std::optional<int64_t> num_ranks;      // --num_gpus: ranks on this machine
+  std::vector<std::string> overrides;  // key.path=value
+  std::optional<std::string> device;   // cpu | cuda
+  std::optional<int64_t> num_ranks;    // --num_gpus: ranks on this machine
   bool json = false;
-  int master_port = 0;                   // 0: a free one
-  std::string dump_folder;               // passed on to the engine
+  int master_port = 0;      // 0: a free one
+  std::string dump_folder;  // passed on to the engine
 };
 
 int train(const Options& options);

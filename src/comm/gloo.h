@@ -26,8 +26,8 @@ class Store {
 struct TcpAddress {
   std::string host;
   int port = 0;
-  bool serves = false;          // this process holds the store's server
-  int64_t workers = 0;          // who must have come before the server goes on; 0: does not wait
+  bool serves = false;  // this process holds the store's server
+  int64_t workers = 0;  // who must have come before the server goes on; 0: does not wait
   std::chrono::milliseconds timeout{0};
 };
 

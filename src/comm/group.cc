@@ -46,8 +46,8 @@ struct Group::State {
   int32_t next_tag() { return (operation = (operation + 1) % kOperations) * kPiecesPerMessage; }
 
   [[noreturn]] void fail(const char* name, int64_t peer, const std::exception& e) const {
-    throw DeviceError(fmt::format("rank {}: {} in group '{}' of {} ranks failed at rank {}: {}", members.ranks[static_cast<size_t>(rank())], name, members.name, size(),
-                                  members.ranks[static_cast<size_t>(peer)], plain(e.what())));
+    throw DeviceError(fmt::format("rank {}: {} in group '{}' of {} ranks failed at rank {}: {}", members.ranks[static_cast<size_t>(rank())], name, members.name,
+                                  size(), members.ranks[static_cast<size_t>(peer)], plain(e.what())));
   }
 };
 
@@ -86,12 +86,14 @@ struct Work::State {
     for (int64_t i = 1; i < size; ++i) {
       const int64_t from = (me + size - i) % size;
       const In& block = in[static_cast<size_t>(from)];
-      pieces(block.bytes, from, [&](int64_t at, int64_t n, int32_t k) { return group->mesh->receive(static_cast<std::byte*>(block.data) + at, n, from, tag + k); });
+      pieces(block.bytes, from,
+             [&](int64_t at, int64_t n, int32_t k) { return group->mesh->receive(static_cast<std::byte*>(block.data) + at, n, from, tag + k); });
     }
     for (int64_t i = 1; i < size; ++i) {
       const int64_t to = (me + i) % size;
       const Out& block = out[static_cast<size_t>(to)];
-      pieces(block.bytes, to, [&](int64_t at, int64_t n, int32_t k) { return group->mesh->send(static_cast<const std::byte*>(block.data) + at, n, to, tag + k); });
+      pieces(block.bytes, to,
+             [&](int64_t at, int64_t n, int32_t k) { return group->mesh->send(static_cast<const std::byte*>(block.data) + at, n, to, tag + k); });
     }
   }
 

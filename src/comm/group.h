@@ -39,9 +39,9 @@ class Work {
 
 // Who takes part; ranks are counted in the world.
 struct Members {
-  std::string name;              // for people: "sequence"
-  std::vector<int64_t> ranks;    // in order
-  int64_t mine = 0;              // index into ranks
+  std::string name;            // for people: "sequence"
+  std::vector<int64_t> ranks;  // in order
+  int64_t mine = 0;            // index into ranks
 };
 
 // The largest piece that is handed to the transport at once; larger messages go in several.

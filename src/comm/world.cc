@@ -24,8 +24,8 @@ int64_t number(const char* name, int64_t fallback, int64_t least) {
   if (!text) return fallback;
   int64_t value = 0;
   const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
-  ULY_USER_CHECK(error == std::errc() && end == text->data() + text->size() && value >= least, "environment variable {}: expected a whole number from {} on, found '{}'", name,
-                 least, *text);
+  ULY_USER_CHECK(error == std::errc() && end == text->data() + text->size() && value >= least,
+                 "environment variable {}: expected a whole number from {} on, found '{}'", name, least, *text);
   return value;
 }
 
@@ -121,7 +121,8 @@ std::unique_ptr<Group> World::subgroup(const std::vector<int64_t>& ranks, const 
   for (int64_t r : ranks) key += fmt::format(",{}", r);
   std::unique_ptr<Mesh> mesh;
   try {
-    mesh = std::make_unique<Mesh>(*store_, key, members.mine, static_cast<int64_t>(ranks.size()), rendezvous_.one_machine ? "127.0.0.1" : "", rendezvous_.timeout);
+    mesh =
+        std::make_unique<Mesh>(*store_, key, members.mine, static_cast<int64_t>(ranks.size()), rendezvous_.one_machine ? "127.0.0.1" : "", rendezvous_.timeout);
   } catch (const std::exception& e) {
     throw DeviceError(fmt::format("rank {}: could not connect to the {} ranks of group '{}': {}", rank(), ranks.size(), name, first_line(e.what())));
   }

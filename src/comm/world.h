@@ -16,11 +16,11 @@ class Store;
 // Where and as whom to join.
 struct Rendezvous {
   int64_t rank = 0, size = 1;
-  std::string address = "127.0.0.1";   // where rank 0 serves the store
+  std::string address = "127.0.0.1";  // where rank 0 serves the store
   int port = 29500;
-  bool one_machine = true;             // all ranks are here: nothing listens beyond the loopback interface
-  bool served_elsewhere = false;       // a launcher keeps the store: no rank serves it
-  std::string prefix;                  // of this job's keys in the store
+  bool one_machine = true;        // all ranks are here: nothing listens beyond the loopback interface
+  bool served_elsewhere = false;  // a launcher keeps the store: no rank serves it
+  std::string prefix;             // of this job's keys in the store
 
   // How long a collective, or joining, waits for a peer. Ranks wait here while the first prepares, so not less than
   // the slowest rank may lag behind.

@@ -30,7 +30,8 @@ int64_t number(const std::string& name, std::optional<int64_t> fallback, int64_t
     return *fallback;
   }
   const std::optional<int64_t> value = whole_number(*text);
-  ULY_USER_CHECK(value && *value >= least && *value <= most, "environment variable {}: expected a whole number from {} to {}, found '{}'", name, least, most, *text);
+  ULY_USER_CHECK(value && *value >= least && *value <= most, "environment variable {}: expected a whole number from {} to {}, found '{}'", name, least, most,
+                 *text);
   return *value;
 }
 

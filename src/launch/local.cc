@@ -34,11 +34,11 @@ constexpr milliseconds kHold{5000};
 struct Rank {
   int64_t rank = 0;
   pid_t pid = -1;
-  int error_fd = -1;             // read end; -1 for rank 0 and after its end
-  std::string unfinished;        // a line without its end
-  std::string held;              // lines from "error: " on
+  int error_fd = -1;       // read end; -1 for rank 0 and after its end
+  std::string unfinished;  // a line without its end
+  std::string held;        // lines from "error: " on
   Clock::time_point held_since{};
-  std::optional<int> status;     // as waitpid gave it
+  std::optional<int> status;  // as waitpid gave it
 
   bool failed() const { return status && *status != 0; }
   bool killed() const { return status && WIFSIGNALED(*status); }
@@ -138,7 +138,7 @@ class Watch {
   std::optional<Clock::time_point> failed_at_;  // when a failure was first seen
   std::optional<Clock::time_point> stop_at_;    // when SIGTERM was sent to the rest
   bool killed_rest_ = false;
-  int asked_to_end_ = 0;                        // the signal that was passed on
+  int asked_to_end_ = 0;  // the signal that was passed on
 };
 
 void Watch::start(int64_t rank, int port) {
@@ -258,8 +258,9 @@ int Watch::conclude() {
   }
   const char* others = job_.ranks > 1 ? "; the other ranks were stopped" : "";
   if (cause_->killed())
-    say("rank {} (pid {}) was killed by signal {} ({}){}", cause_->rank, cause_->pid, WTERMSIG(*cause_->status), signal_name(WTERMSIG(*cause_->status)), others);
-  else if (job_.ranks > 1 && !cause_->saved())
+    say("rank {} (pid {}) was killed by signal {} ({}){}", cause_->rank, cause_->pid, WTERMSIG(*cause_->status), signal_name(WTERMSIG(*cause_->status)),
+        others);
+  else if (cause_->rank > 0 && !cause_->saved())  // rank 0 has spoken for itself
     say("rank {} ended with exit code {}{}", cause_->rank, cause_->code(), others);
   return cause_->code();
 }

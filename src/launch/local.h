@@ -9,11 +9,11 @@
 namespace uly::launch {
 
 struct LocalJob {
-  std::vector<std::string> command;            // each rank runs it; its place is in its environment
+  std::vector<std::string> command;  // each rank runs it; its place is in its environment
   int64_t ranks = 1;
-  int master_port = 0;                         // 0: a free one
-  int64_t cores = 1;                           // shared among the ranks: OMP_NUM_THREADS, unless that is set
-  std::chrono::milliseconds grace{5000};       // between SIGTERM and SIGKILL
+  int master_port = 0;                    // 0: a free one
+  int64_t cores = 1;                      // shared among the ranks: OMP_NUM_THREADS, unless that is set
+  std::chrono::milliseconds grace{5000};  // between SIGTERM and SIGKILL
 };
 
 // Runs the ranks until all have ended and returns the exit code of the one that failed first, or 0.

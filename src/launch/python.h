@@ -9,8 +9,8 @@
 namespace uly::launch {
 
 struct Output {
-  int exit_code = 0;   // 128 + the signal that ended it
-  std::string text;    // its stdout
+  int exit_code = 0;  // 128 + the signal that ended it
+  std::string text;   // its stdout
 };
 
 // Runs a program to its end; its stderr is this process's. Throws UserError if it cannot be started.

@@ -90,11 +90,16 @@ Spec make(const std::string& name, const std::string& folder, const Json& origin
   return spec;
 }
 
+// Whether this may be the name of a repository of the hub: no path.
+bool is_repository(const std::string& name) {
+  const bool one_slash = std::count(name.begin(), name.end(), '/') <= 1 && name.find("..") == std::string::npos;
+  return !name.empty() && one_slash && name.front() != '/' && name.front() != '.' && name.front() != '~';
+}
+
 }  // namespace
 
 std::string cached_snapshot(const std::string& repository, const std::string& hub_cache) {
-  const bool named = !repository.empty() && std::count(repository.begin(), repository.end(), '/') <= 1 && repository.find("..") == std::string::npos;
-  if (hub_cache.empty() || !named || repository.front() == '/') return "";
+  if (hub_cache.empty() || !is_repository(repository)) return "";
   std::string folder = "models--" + repository;
   if (const size_t slash = folder.find('/'); slash != std::string::npos) folder.replace(slash, 1, "--");
   const fs::path place = fs::path(hub_cache) / folder;
@@ -113,9 +118,12 @@ Spec find(const std::string& name_or_path, const std::string& hub_cache, const J
   for (const std::string& path : looked)
     if (exists(path)) return make(name_or_path, fs::path(path).parent_path().string(), read_config(path), path, hf_config_kwargs);
   if (const std::optional<Json> config = known_config(name_or_path)) return make(name_or_path, "", *config, name_or_path, hf_config_kwargs);
+  std::error_code ignored;
+  ULY_USER_CHECK(!fs::is_directory(name_or_path, ignored), "model.name_or_path: '{}': expected a folder in the Hugging Face layout, found one without config.json", name_or_path);
+  const std::string download = is_repository(name_or_path) ? fmt::format(", or download it first (hf download {})", name_or_path) : "";
   const std::string cache = hub_cache.empty() ? "no hub cache" : "the hub cache " + hub_cache;
-  user_error("model.name_or_path: '{}' is not there: looked for {}, in {}, and among the known shapes; give a folder, or download it first (hf download {})",
-             name_or_path, looked[0], cache, name_or_path);
+  user_error("model.name_or_path: '{}' is not there: looked for {}, in {}, and among the known shapes; give a folder{}",
+             name_or_path, looked[0], cache, download);
 }
 
 }  // namespace uly::models

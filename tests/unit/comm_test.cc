@@ -133,7 +133,8 @@ TEST_P(CommTest, SeveralMayBeInFlightAndBeWaitedForInAnyOrder) {
       shards.emplace_back(kBytes, static_cast<uint8_t>(k * 16 + w.rank()));
       wholes.emplace_back(static_cast<size_t>(P * kBytes));
     }
-    for (int64_t k = 0; k < kMany; ++k) works.push_back(w.all().all_gather(wholes[static_cast<size_t>(k)].data(), shards[static_cast<size_t>(k)].data(), kBytes));
+    for (int64_t k = 0; k < kMany; ++k)
+      works.push_back(w.all().all_gather(wholes[static_cast<size_t>(k)].data(), shards[static_cast<size_t>(k)].data(), kBytes));
     for (int64_t k = kMany - 1; k >= 0; --k) {
       works[static_cast<size_t>(k)].wait();
       for (int64_t p = 0; p < P; ++p) EXPECT_EQ(wholes[static_cast<size_t>(k)][static_cast<size_t>(p * kBytes + kBytes - 1)], k * 16 + p);
@@ -195,7 +196,9 @@ TEST(CommFailureTest, ALeavingRankIsNamedByTheOthersAtOnce) {
     });
   for (std::thread& t : threads) t.join();
   EXPECT_LT(std::chrono::steady_clock::now() - begin, milliseconds(30000));
-  for (int64_t r : {0, 2}) EXPECT_TRUE(said[static_cast<size_t>(r)].starts_with(fmt::format("rank {}: all_reduce in group 'world' of 3 ranks failed at rank ", r))) << said[static_cast<size_t>(r)];
+  for (int64_t r : {0, 2})
+    EXPECT_TRUE(said[static_cast<size_t>(r)].starts_with(fmt::format("rank {}: all_reduce in group 'world' of 3 ranks failed at rank ", r)))
+        << said[static_cast<size_t>(r)];
 }
 
 TEST(CommFailureTest, ASilentRankIsNamedAfterTheTimeout) {

@@ -1,0 +1,353 @@
+"""The command line and the local launcher, through the real program.
+
+The engine is played by a script (ULYSSES_ENGINE) whose ranks end, die or hang as each test says, and the Python side by
+one that answers with a token file made here (ULYSSES_PYTHON); so these tests need no LibTorch and take seconds.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ULYSSES = pathlib.Path(os.environ.get("ULYSSES_BUILD", ROOT / "build")).resolve() / "ulysses"
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 256, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "max_position_embeddings": 4096, "hidden_act": "silu", "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+RECIPE = """\
+model: {name_or_path: MODEL, init: random}
+data: {sources: [chats.jsonl], max_length: 256}
+sequence_parallel_size: 2
+"""
+
+# Each rank does what ACTIONS (a JSON object, rank -> list of actions) tells it.
+ENGINE = """\
+#!PYTHON
+import json, os, signal, sys, time
+rank = os.environ["RANK"]
+open(os.path.join(os.environ["NOTES"], "rank" + rank), "w").write(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ)}))
+for action, value in json.loads(os.environ.get("ACTIONS", "{}")).get(rank, []):
+    if action == "say": print(value, file=sys.stderr, flush=True)
+    if action == "print": print(value, flush=True)
+    if action == "sleep": time.sleep(value)
+    if action == "ignore": signal.signal(value, signal.SIG_IGN)
+    if action == "exit on": signal.signal(value[0], lambda *_, code=value[1]: os._exit(code))
+    if action == "die": os.kill(os.getpid(), value); time.sleep(60)
+    if action == "exit": os._exit(value)
+"""
+
+
+def write_token_file(path):
+    ids, starts = [1, 2, 3, 4, 5, 6, 7, 8], [0, 5, 8]
+    parts = {"ids": ("I32", struct.pack("<8i", *ids)), "trained": ("U8", bytes([0, 0, 1, 1, 1, 0, 1, 1])), "starts": ("I64", struct.pack("<3q", *starts))}
+    header, at = {"__metadata__": {"format": "ulysses-tokens-1", "vocabulary": "9", "provenance": "{}"}}, 0
+    for name, (dtype, data) in parts.items():
+        count = {"ids": 8, "trained": 8, "starts": 3}[name]
+        header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data for _, data in parts.values()))
+
+
+def write_script(path, text):
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+class Job:
+    """A folder with a recipe, a model's configuration, and scripts in place of engine and Python."""
+
+    def __init__(self, folder):
+        self.folder, self.notes = folder, folder / "notes"
+        (folder / "model").mkdir()
+        self.notes.mkdir()
+        (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
+        (folder / "run.yml").write_text(RECIPE.replace("MODEL", str(folder / "model")))
+        write_token_file(folder / "tokens.safetensors")
+        answer = {"tokens": str(folder / "tokens.safetensors"), "num_samples": 2, "longest": 5, "num_tokens": 8, "num_trained_tokens": 5, "cached": True}
+        write_script(folder / "python", f"#!/bin/sh\ncp \"$4\" {self.notes}/request.json\necho '{json.dumps(answer)}'\n")
+        write_script(folder / "engine", ENGINE.replace("PYTHON", sys.executable))
+        self.environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+        self.environment |= {"ULYSSES_PYTHON": str(folder / "python"), "ULYSSES_ENGINE": str(folder / "engine"), "NOTES": str(self.notes)}
+
+    def start(self, *arguments, actions=None, **environment):
+        environment = self.environment | {"ACTIONS": json.dumps({str(k): v for k, v in (actions or {}).items()})} | environment
+        return subprocess.Popen([str(ULYSSES), *arguments], cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def run(self, *arguments, actions=None, **environment):
+        process = self.start(*arguments, actions=actions, **environment)
+        process.out, process.err = process.communicate(timeout=60)
+        return process
+
+    def note(self, rank):
+        path = self.notes / f"rank{rank}"
+        for _ in range(400):
+            if path.exists() and path.read_text():
+                return json.loads(path.read_text())
+            time.sleep(0.05)
+        raise AssertionError(f"rank {rank} was not started")
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path)
+
+
+def is_alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def assert_ends(pids, seconds=5):
+    end = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < end, "a rank outlived the launcher"
+        time.sleep(0.05)
+
+
+# --- the command line
+
+
+def test_needs_no_torch():
+    libraries = subprocess.run(["ldd", str(ULYSSES)], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in libraries.splitlines() if any(name in line for name in ("torch", "c10", "cuda"))]
+
+
+def test_a_plan_takes_less_than_a_fifth_of_a_second(job):
+    seconds = []
+    for _ in range(5):
+        began = time.monotonic()
+        assert job.run("plan", "run.yml", ULYSSES_PYTHON="/nowhere", ULYSSES_ENGINE="/nowhere").returncode == 0
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.2
+
+
+def test_a_plan_as_json_is_an_object_with_its_hash(job):
+    done = job.run("plan", "run.yml", "--json", "--num_gpus", "4")
+    assert done.returncode == 0, done.err
+    assert json.loads(done.out)["hash"]
+
+
+def test_help_and_version_go_to_stdout(job):
+    for arguments in (["--help"], ["train", "--help"]):
+        done = job.run(*arguments)
+        assert done.returncode == 0 and "ulysses plan run.yml" in done.out and done.err == ""
+    assert job.run("--version").out.startswith("ulysses ")
+
+
+def test_no_arguments_print_the_help_and_fail(job):
+    done = job.run()
+    assert done.returncode == 2 and "RECIPE.yml" in done.err
+
+
+def test_docs_print_the_reference(job):
+    done = job.run("docs")
+    assert done.returncode == 0 and "sequence_parallel_size" in done.out
+
+
+def test_doctor_says_what_is_missing(job):
+    done = job.run("doctor", "--json", ULYSSES_ENGINE="/nowhere/engine")
+    assert done.returncode == 2
+    answer = json.loads(done.out)
+    assert answer["engine"] == {"path": "/nowhere/engine", "answer": ""}
+    assert answer["cores"] >= 1 and answer["memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("environment, folder", [
+    ({"HF_HUB_CACHE": "/a/hub"}, "/a/hub"),
+    ({"HF_HUB_CACHE": "$HF_HOME/x", "HF_HOME": "/h"}, "/h/x"),
+    ({"HUGGINGFACE_HUB_CACHE": "/b", "HF_HOME": "/h"}, "/b"),
+    ({"HF_HOME": "/h"}, "/h/hub"),
+    ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub"),
+    ({"HOME": "/home/me"}, "/home/me/.cache/huggingface/hub"),
+    ({"HF_HOME": "~/hf", "HOME": "/home/me"}, "/home/me/hf/hub"),
+])
+def test_the_hub_cache_is_where_huggingface_hub_has_it(job, environment, folder):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        job.environment.pop(name, None)
+    assert json.loads(job.run("doctor", "--json", **environment).out)["hub"]["cache"] == folder
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["export", "x"], "ulysses export: not available yet"),
+    (["selftest"], "ulysses selftest: not available yet"),
+    (["rehearse", "run.yml"], "ulysses rehearse: not available yet"),
+    (["report"], "ulysses report: not available yet"),
+    (["train"], "expected a recipe, found none"),
+    (["plan", "missing.yml"], "missing.yml: cannot read the recipe"),
+    (["train", "run.yml", "--nonsense"], "--nonsense"),
+    (["train", "run.yml", "epochs"], "expected key.path=value after the recipe, found 'epochs'"),
+    (["train", "run.yml", "-H", "hosts"], "--hostfile: starting ranks on several machines is not available yet; torchrun can"),
+    (["train", "run.yml", "--num_nodes", "2"], "--num_nodes: starting ranks on several machines is not available yet"),
+    (["train", "run.yml", "--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
+    (["train", "run.yml", "--num_gpus", "3"], "sequence_parallel_size (run.yml:3): expected a divisor of 3 ranks, found 2"),
+    (["train", "run.yml", "--num_gpus", "0"], "--num_gpus: expected at least 1, found 0"),
+])
+def test_refuses_with_one_sentence_and_2(job, arguments, said):
+    done = job.run(*arguments)
+    assert done.returncode == 2
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.skipif(bool(list(pathlib.Path("/dev").glob("nvidia[0-9]*"))), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused(job):
+    done = job.run("train", "run.yml", "--device", "cuda", CUDA_VISIBLE_DEVICES="0,1")
+    assert done.returncode == 2 and done.err == "--device cuda: no GPU is visible: this machine has none\n"
+
+
+def test_what_comes_later_is_planned_but_not_trained(job):
+    assert job.run("plan", "run.yml", "data.pack_samples=true").returncode == 0
+    done = job.run("train", "run.yml", "data.pack_samples=true")
+    assert done.returncode == 2 and "data.pack_samples" in done.err and done.err.endswith("not available yet\n")
+
+
+def test_the_exit_code_of_the_python_side_is_passed_on(job):
+    write_script(job.folder / "python", "#!/bin/sh\necho 'the network is down' >&2\nexit 75\n")
+    done = job.run("prepare", "run.yml")
+    assert (done.returncode, done.err) == (75, "the network is down\n")
+
+
+def test_prepare_prints_the_facts(job):
+    assert json.loads(job.run("prepare", "run.yml", "--json").out)["num_samples"] == 2
+    assert job.run("process-data", "run.yml").out.startswith("2 samples, 8 tokens, 5 of them trained; the longest has 5\n")
+    request = json.loads((job.notes / "request.json").read_text())
+    assert request["vocab_size"] == 256 and request["type"] == "sft" and request["where"]["data.sources"] == "run.yml:2"
+
+
+# --- the launcher
+
+
+def test_every_rank_gets_its_place_and_the_same_command(job):
+    done = job.run("run.yml", "--num_gpus", "4", "--master_port", "29876", "epochs=2", "--device", "cpu")
+    assert done.returncode == 0, done.err
+    for rank in range(4):
+        note = job.note(rank)
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}
+        assert {name: note["env"][name] for name in place} == place
+        assert int(note["env"]["OMP_NUM_THREADS"]) == max(1, os.cpu_count() // 4)
+        assert note["argv"][:2] == ["train", "run.yml"] and note["argv"][-1] == "epochs=2"
+        assert note["argv"][note["argv"].index("--tokens") + 1] == str(job.folder / "tokens.safetensors")
+
+
+def test_the_device_is_said_aloud_when_it_was_not_asked_for(job):
+    assert "device: cpu (" in job.run("run.yml").err
+    assert "device:" not in job.run("run.yml", "--device", "cpu").err
+
+
+def test_rank_0_is_forwarded_as_it_is_and_others_with_their_name(job):
+    done = job.run("run.yml", actions={0: [["print", "step 1"], ["say", "hello"]], 1: [["say", "there"]]})
+    assert done.returncode == 0
+    assert done.out == "step 1\n"
+    assert "hello" in done.err.splitlines() and "[rank 1] there" in done.err.splitlines()
+
+
+def test_the_first_failure_decides_and_is_told_once(job):
+    done = job.run("run.yml", actions={
+        0: [["sleep", 0.1], ["say", "rank 0: all_reduce failed at rank 1"], ["exit", 75]],
+        1: [["say", "error: tokens.safetensors: truncated"], ["exit", 2]],
+    })
+    assert done.returncode == 2
+    assert done.err.count("[rank 1] error: tokens.safetensors: truncated") == 1
+    assert done.err.endswith("rank 1 ended with exit code 2; the other ranks were stopped\n")
+
+
+def test_the_same_failure_on_all_ranks_is_told_once(job):
+    done = job.run("run.yml", actions={0: [["say", "bad recipe"], ["exit", 2]], 1: [["say", "error: bad recipe"], ["exit", 2]]})
+    assert done.returncode == 2 and done.err.count("bad recipe") == 1
+
+
+def test_a_killed_rank_is_named_and_the_others_stop(job):
+    began = time.monotonic()
+    done = job.run("run.yml", actions={0: [["sleep", 60]], 1: [["sleep", 0.2], ["die", signal.SIGKILL]]})
+    assert done.returncode == 75
+    assert done.err.splitlines()[-1] == f"rank 1 (pid {job.note(1)['pid']}) was killed by signal 9 (SIGKILL); the other ranks were stopped"
+    assert time.monotonic() - began < 10
+    assert not is_alive(job.note(0)["pid"])
+
+
+def test_a_rank_that_ignores_sigterm_is_killed_after_5_seconds(job):
+    began = time.monotonic()
+    done = job.run("run.yml", actions={0: [["ignore", signal.SIGTERM], ["sleep", 60]], 1: [["sleep", 0.5], ["exit", 76]]})
+    assert done.returncode == 76
+    assert 5 < time.monotonic() - began < 15
+    assert not is_alive(job.note(0)["pid"])
+
+
+def started(job, actions):
+    process = job.start("run.yml", actions=actions)
+    pids = [job.note(rank)["pid"] for rank in range(2)]
+    time.sleep(0.5)    # until the handlers are set
+    return process, pids
+
+
+def test_sigterm_reaches_the_ranks_which_may_save(job):
+    process, pids = started(job, {r: [["exit on", [signal.SIGTERM, 85]], ["sleep", 60]] for r in range(2)})
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 85
+    assert_ends(pids)
+
+
+def test_ctrl_c_ends_ranks_that_do_nothing_about_it(job):
+    process, pids = started(job, {r: [["exit on", [signal.SIGUSR1, 0]], ["sleep", 60]] for r in range(2)})
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    assert process.returncode != 0
+    assert_ends(pids)
+
+
+def test_a_second_signal_ends_everything_at_once(job):
+    process, pids = started(job, {r: [["ignore", signal.SIGINT], ["ignore", signal.SIGTERM], ["sleep", 60]] for r in range(2)})
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(3) == 128 + signal.SIGINT
+    assert_ends(pids)
+
+
+def test_ranks_die_with_the_launcher(job):
+    process, pids = started(job, {r: [["ignore", signal.SIGTERM], ["sleep", 60]] for r in range(2)})
+    process.kill()
+    process.wait(5)
+    assert_ends(pids)
+
+
+def test_joins_a_job_that_another_launcher_started(job):
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29877"}
+    process = job.start("run.yml", actions={1: [["exit", 76]]}, **place)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 76
+    assert job.note(1)["pid"] == process.pid and not (job.notes / "rank0").exists()
+    assert err == ""    # rank 0 speaks for the job
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"RANK": "two"}, "environment variable RANK: expected a whole number from 0 to 1, found 'two'"),
+    ({"RANK": "2"}, "environment variable RANK: expected a whole number from 0 to 1, found '2'"),
+    ({"MASTER_PORT": ""}, "environment variable MASTER_PORT: expected a number"),
+])
+def test_a_broken_environment_is_named(job, change, said):
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29877"}
+    done = job.run("run.yml", **(place | change))
+    assert done.returncode == 2 and said in done.err
+
+
+def test_a_missing_engine_is_named(job):
+    done = job.run("run.yml", ULYSSES_ENGINE="/nowhere/engine")
+    assert done.returncode == 2 and done.err.startswith("/nowhere/engine: expected the engine here")
