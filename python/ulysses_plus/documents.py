@@ -44,6 +44,12 @@ def documents(request, sources, tokenizer):
     raise UserError(f"{at}, sample {sample}: expected an assistant turn, found none{more}: remove the sample or set mask_inputs to false")
 
 
+def check_first(request, sources):
+    """Reads the first chat of every source: a wrong mapping is said before a tokenizer is loaded."""
+    for source in sources if request["type"] == "sft" else ():
+        make_reader(source.mapping, columns(source), source.name, source.where)(source[0], source.row_number(0))
+
+
 class _ChatEncoder:
     def __init__(self, sources, tokenizer, name, data):
         self.sources = sources

@@ -81,10 +81,11 @@ def prepare(request):
 
 
 def _build(request, sources, folder, at, path, provenance):
-    from ulysses_plus.documents import documents
+    from ulysses_plus.documents import check_first, documents
 
-    tokenizer = load_tokenizer(folder, request["tokenizer"], at)
     sources = [sources_.opened(source) for source in sources]
+    check_first(request, sources)
+    tokenizer = load_tokenizer(folder, request["tokenizer"], at)
     total = sum(len(source) for source in sources)
     progress = Progress(total)
     writer = token_file.TokenFileWriter(path)

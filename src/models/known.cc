@@ -19,6 +19,8 @@ constexpr const char* kMistral1 = R"({"architectures": ["MistralForCausalLM"], "
   "max_position_embeddings": 32768, "rope_theta": 10000.0, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2})";
 constexpr const char* kMistral2 = R"({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "rms_norm_eps": 1e-05,
   "max_position_embeddings": 32768, "rope_theta": 1000000.0, "sliding_window": null, "bos_token_id": 1, "eos_token_id": 2})";
+constexpr const char* kTinyRandom = R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-06,
+  "max_position_embeddings": 2048, "rope_theta": 10000.0, "bos_token_id": 0, "eos_token_id": 1})";
 
 bool names_it(std::string_view names, const std::string& repository) {
   while (!names.empty()) {
@@ -58,6 +60,7 @@ const std::vector<Known>& known() {
     {"mistralai/Mistral-7B-v0.1 mistralai/Mistral-7B-Instruct-v0.1",  kMistral1, 4096, 14336, 32,  8, 128,  32000, 32, false},
     {"mistralai/Mistral-7B-Instruct-v0.2",                            kMistral2, 4096, 14336, 32,  8, 128,  32000, 32, false},
     {"mistralai/Mistral-7B-v0.3 mistralai/Mistral-7B-Instruct-v0.3",  kMistral2, 4096, 14336, 32,  8, 128,  32768, 32, false},
+    {"hf-internal-testing/tiny-random-LlamaForCausalLM",              kTinyRandom, 16,    64,  4,  4,   4,  32000,  2, false},
   };
   // clang-format on
   return kKnown;

@@ -226,15 +226,8 @@ Section logger_section() {
       .doc = "Lines for people.",
       .fields =
           {
-              {.name = "output_dir",
-               .initial = "/dev/null",
-               .doc = "Folder for log files; /dev/null: none.",
-               .set = into(&Recipe::logger, &Logger::output_dir)},
-              {.name = "level",
-               .initial = "WARNING",
-               .choices = {{"DEBUG"}, {"INFO"}, {"WARNING"}, {"ERROR"}, {"CRITICAL"}},
-               .doc = "Least severity that is printed.",
-               .set = into(&Recipe::logger, &Logger::level)},
+              {.name = "output_dir", .initial = "/dev/null", .decision = kNoEffect, .why = "lines for people go to stderr, figures to train_log_metrics_path", .doc = "Kept for existing recipes."},
+              {.name = "level", .initial = "WARNING", .decision = kNoEffect, .why = "there is one line a step, and what goes wrong is always said", .doc = "Kept for existing recipes."},
               {.name = "print_output_ranks", .kind = kRanks, .initial = "[0]", .decision = kNoEffect, .why = ranks, .doc = "Kept for existing recipes."},
               {.name = "file_output_ranks", .kind = kRanks, .initial = "'*'", .decision = kNoEffect, .why = ranks, .doc = "Kept for existing recipes."},
           },

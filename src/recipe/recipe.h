@@ -69,11 +69,6 @@ struct Checkpoint {
   int64_t save_every_n_steps = 0, save_every_n_epochs = 0;
 };
 
-struct Logger {
-  std::string output_dir = "/dev/null";
-  std::string level = "WARNING";
-};
-
 // What the `deepspeed` section means to this engine.
 struct Deepspeed {
   int64_t zero_stage = 3;                       // as given; the engine always shards like stage 3
@@ -91,10 +86,9 @@ struct Recipe {
   Optimizer optimizer;
   Scheduler scheduler;
   std::vector<Checkpoint> checkpoint;
-  Logger logger;
   Deepspeed deepspeed;
   int64_t epochs = 1;
-  int64_t loss_log_interval = 1, train_log_iter_interval = 1;
+  int64_t train_log_iter_interval = 1;
   std::string train_log_metrics_path = "train-log-metrics.jsonl";
   int64_t gradient_accumulation_steps = 1, micro_batch_size = 1, sequence_parallel_size = 1;
   bool activation_checkpoint_cpu_offload = false, tiled_mlp_compute = false;

@@ -155,11 +155,18 @@ bool Loop::stop_asked() {
   return s_.world().all().max(here ? 1 : 0) > 0;
 }
 
-// Looks before the first step at where the last will be saved, so that no finished run meets a folder it must not touch.
+// Looks before the first step at where models will be saved, so that no finished run meets a folder that it must not touch
+// or cannot write, or a full disk.
 void Loop::check_targets() {
   on_first(s_.world(), [&] {
-    for (const recipe::Checkpoint& c : r_.checkpoint)
-      if (c.enabled && c.type == "huggingface") checkpoint::check_hub_target(s_.spec(), hub_folder(c, s_.plan().num_steps));
+    for (const recipe::Checkpoint& c : r_.checkpoint) {
+      const int64_t last = s_.plan().num_steps, every = c.save_every_n_steps > 0 ? c.save_every_n_steps : last;
+      if (!c.enabled || c.type != "huggingface" || last < 1) continue;
+      if (!c.save_end_of_training && c.save_every_n_steps == 0 && c.save_every_n_epochs == 0) continue;
+      for (int64_t step = every; step < last; step += every) checkpoint::check_hub_target(s_.spec(), hub_folder(c, step));
+      checkpoint::check_hub_target(s_.spec(), hub_folder(c, last));
+      checkpoint::check_hub_room(s_.spec(), r_.model.dtype, c.output_dir);
+    }
   });
 }
 

@@ -113,13 +113,6 @@ def write_weights(path, tensors):
     save_file(tensors, str(path), metadata={"format": "pt"})
 
 
-def read_weights(folder):
-    """All tensors of a saved model, by name."""
-    from safetensors.numpy import load_file
-
-    return {name: tensor for path in sorted(pathlib.Path(folder).glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
 def conversation(i, words=3):
     answer = ("falcon", "heron")[i % 2]
     return [
@@ -162,10 +155,6 @@ def config(folder, *changes):
 
 def no_config(folder):
     (folder / "model" / "config.json").unlink()
-
-
-def no_weights(folder):
-    (folder / "model" / "model.safetensors").unlink()
 
 
 def pickled_weights(folder):
@@ -222,6 +211,12 @@ def index_without_file(folder):
     (folder / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
+def same_vocabulary(folder, size):
+    """Weights of a model that knows so many tokens; its tokenizer knows more."""
+    rows_kept = {k: v[: int(size)] if k in ("model.embed_tokens.weight", "lm_head.weight") else v for k, v in weights().items()}
+    write_weights(folder / "model" / "model.safetensors", rows_kept)
+
+
 def no_tokenizer(folder):
     for path in (folder / "model").glob("tokenizer*"):
         path.unlink()
@@ -229,15 +224,6 @@ def no_tokenizer(folder):
 
 def no_template(folder):
     (folder / "model" / "chat_template.jinja").unlink()
-
-
-def unreadable(folder, name):
-    if os.geteuid() == 0:
-        # Root reads every file; a folder in its place is as unreadable.
-        (folder / name).unlink()
-        (folder / name).mkdir()
-    else:
-        (folder / name).chmod(0)
 
 
 def not_utf8(folder, name):
@@ -275,6 +261,11 @@ def full_disk(folder, name):
     return clean_up
 
 
+def no_gpu_here(_):
+    if any(pathlib.Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has a GPU")
+
+
 def something_there(folder, name):
     (folder / name).mkdir(parents=True)
     (folder / name / "thesis.txt").write_text("do not touch")
@@ -286,12 +277,6 @@ def is_there(folder, name):
 
 def is_absent(folder, name):
     assert not (folder / name).exists(), name
-
-
-def weights_unchanged(folder, saved):
-    """The saved weights are those that training began with."""
-    left, right = read_weights(folder / saved), read_weights(folder / "model")
-    assert left.keys() == right.keys() and all(np.array_equal(left[k], right[k], equal_nan=True) for k in right)
 
 
 def lines(folder, name, count):

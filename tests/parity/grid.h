@@ -19,7 +19,7 @@ struct Training {
   int64_t W = 1, P = 1, accumulation = 1, micro_batch = 1, steps = 2, div_length = 1;
   std::vector<int64_t> lengths = {37, 5, 64, 1, 50, 23, 41, 16};
   std::string extra;      // more lines of the recipe
-  std::string dtype = "fp32";
+  std::string dtype = "fp32", wire = "fp32";  // of the model; of gradients between ranks
 };
 
 struct Result {

@@ -116,10 +116,22 @@ TEST(ParityTest, RebuiltEqualsKept) {
   }
 }
 
-TEST(ParityTest, Bf16OnTheWireStaysCloseToFp32) {
+TEST(ParityTest, Bf16OnTheWireRoundsEachRanksGradientOnce) {
+  Training fp32, bf16;
+  fp32.W = fp32.P = bf16.W = bf16.P = 4;
+  fp32.steps = bf16.steps = 1;
+  bf16.wire = "bf16";
+  const Result a = train(fp32), b = train(bf16);
+  EXPECT_EQ(a.losses[0], b.losses[0]);
+  const double difference = gradient_difference(a, b);
+  EXPECT_LT(difference, 1.0 / 256);  // half a unit in the last place of bf16, and the sum itself is fp32
+  EXPECT_GT(difference, 1e-5);
+}
+
+TEST(ParityTest, Bf16TrainingOnTwoRanksStaysCloseToOne) {
   Training one, two;
+  one.dtype = two.dtype = "bf16";
   two.W = two.P = 2;
-  two.dtype = one.dtype = "bf16";
   const Result a = train(one), b = train(two);
   EXPECT_NEAR(a.losses[0], b.losses[0], 2e-3 * a.losses[0]);
   EXPECT_LT(gradient_difference(a, b), 5e-2);

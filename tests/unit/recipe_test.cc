@@ -203,7 +203,6 @@ TEST(Recipe, DefaultsAreThoseOfTheStructs) {
   EXPECT_EQ(r.data.max_length, 0);
   EXPECT_EQ(r.kill_switch_path, fresh.kill_switch_path);
   EXPECT_EQ(r.train_log_metrics_path, fresh.train_log_metrics_path);
-  EXPECT_EQ(r.logger.level, fresh.logger.level);
   EXPECT_EQ(r.tokenizer.name_or_path, "m");
   EXPECT_TRUE(r.checkpoint.empty());
   EXPECT_TRUE(r.notes.empty());
