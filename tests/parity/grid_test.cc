@@ -120,6 +120,7 @@ TEST(ParityTest, Bf16OnTheWireRoundsEachRanksGradientOnce) {
   Training fp32, bf16;
   fp32.W = fp32.P = bf16.W = bf16.P = 4;
   fp32.steps = bf16.steps = 1;
+  fp32.micro_batch = bf16.micro_batch = 8;
   bf16.wire = "bf16";
   const Result a = train(fp32), b = train(bf16);
   EXPECT_EQ(a.losses[0], b.losses[0]);
