@@ -42,6 +42,11 @@ class ChatTokenizer:
         Raises UserError when the template refuses the conversation or an answer is not found in what it rendered.
         """
         text = self._render(turns, at)
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{at}: expected text, found half of a surrogate pair, {text[error.start]!r}: correct or remove the sample") from error
         contents = [content for _, content in turns]
         spans = message_spans(text, contents, self._skeleton(turns))
         answers = []

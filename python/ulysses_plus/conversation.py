@@ -126,6 +126,8 @@ def _content(item, content_key, at):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
             raise UserError(f"{at}: expected a message made of text, found parts of another kind: text is all that is trained")
         return "".join(part["text"] for part in value)
+    if isinstance(value, dict):
+        raise UserError(f"{at}: expected a message made of text, found a mapping of {', '.join(value)}: set content_key or correct the sample")
     return str(value)
 
 

@@ -78,6 +78,8 @@ class JsonRows:
                 f"{self.path}:{number}: expected one JSON object on this line, found an error at column {error.pos + 1} "
                 f"({error.msg[0].lower()}{error.msg[1:]}): correct or remove the line"
             ) from error
+        except RecursionError as error:
+            raise UserError(f"{self.path}:{number}: expected one JSON object on this line, found one nested too deeply: correct or remove the line") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}:{number}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error
 
@@ -89,6 +91,8 @@ class JsonRows:
                 f"{self.path}:{error.lineno}: expected JSON, found {error.msg[0].lower()}{error.msg[1:]} at column "
                 f"{error.colno}: correct the file"
             ) from error
+        except RecursionError as error:
+            raise UserError(f"{self.path}: expected JSON, found lists or objects nested too deeply: correct the file") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error
         if isinstance(value, dict):
@@ -103,7 +107,7 @@ def _is_object(line):
     """Whether the line alone is a JSON object."""
     try:
         return isinstance(json.loads(line.decode("utf-8-sig")), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -138,7 +138,10 @@ def _json_files(source):
             raise UserError(f"{source.where}: split {base}: expected one of the data_files' names, found {', '.join(data_files)}")
         data_files = data_files[base]
     files = []
-    for pattern in [data_files] if isinstance(data_files, str) else data_files:
+    patterns = [data_files] if isinstance(data_files, str) else data_files
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"{source.where}: data_files: expected a file's name, a list of them or a mapping from splits, found {data_files}")
+    for pattern in patterns:
         if "://" in pattern:
             return []
         found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if glob.has_magic(pattern) else [pattern]

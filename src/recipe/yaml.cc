@@ -143,6 +143,7 @@ class Reader {
     auto node = std::make_shared<Node>();
     node->line = line_of(event);
     node->text = std::string(reinterpret_cast<const char*>(event->data.scalar.value), event->data.scalar.length);
+    if (node->text.find('\0') != std::string::npos) fail(node->line, "a text holds the character NUL, which no name or path can");
     node->scalar = node->text;
     if (event->data.scalar.plain_implicit != 0) {
       node->scalar = resolve_scalar(node->text);

@@ -59,7 +59,7 @@ def environment(**more):
 
 @functools.cache
 def shared():
-    """A folder for the whole session: the model, and the cache of prepared data."""
+    """A folder for all tests of this process: the model, and the cache of prepared data."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="ulysses-cases-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "cache").mkdir()
@@ -113,6 +113,13 @@ def write_weights(path, tensors):
     save_file(tensors, str(path), metadata={"format": "pt"})
 
 
+def read_weights(folder):
+    """All tensors of a saved model, by name."""
+    from safetensors.numpy import load_file
+
+    return {name: tensor for path in sorted(pathlib.Path(folder).glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
 def conversation(i, words=3):
     answer = ("falcon", "heron")[i % 2]
     return [
@@ -139,6 +146,10 @@ def chats(folder, count):
 
 def rows(folder, *items):
     (folder / "chats.jsonl").write_text("".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in items))
+
+
+def nested_rows(folder):
+    rows(folder, "[" * 100_000)
 
 
 def config(folder, *changes):

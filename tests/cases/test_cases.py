@@ -8,7 +8,8 @@ A case: lines of `#` that describe it, a recipe (written to run.yml, so that its
     ---- setup FUNCTION [arguments]
         calls a function of fixtures.py, which may also check what the commands left.
     ---- env NAME=VALUE ...
-        holds for the commands that follow.
+    ---- limit BYTES
+        hold for the commands that follow; no file of theirs may grow beyond so many bytes.
 
 `---- file NAME` begins another file, written before the first step. The recipe is run.yml unless the arguments name a
 *.yml file; without any text before the first `----` there is none, unless a setup writes it.
@@ -41,7 +42,7 @@ def parse(text):
         if line.startswith("---- file "):
             name = line.removeprefix("---- file ").strip()
             files[name] = ""
-        elif line.startswith(("---- setup ", "---- env ")):
+        elif line.startswith(("---- setup ", "---- env ", "---- limit ")):
             name = None
             _, verb, *arguments = shlex.split(line)
             steps.append((verb, arguments, None, []))
@@ -57,9 +58,9 @@ def parse(text):
     return files, steps
 
 
-def run(folder, environment, verb, arguments, status, expected):
+def run(folder, environment, limit, verb, arguments, status, expected):
     recipe = [] if any(argument.endswith((".yml", ".yaml")) for argument in arguments) else ["run.yml"]
-    command = [str(ULYSSES), verb, *recipe, *arguments]
+    command = ["prlimit", f"--fsize={limit}", str(ULYSSES), verb, *recipe, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, errors="replace")
     output = done.stdout + done.stderr
     assert done.returncode == status, output
@@ -78,7 +79,7 @@ def test_case(path, tmp_path, request):
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
-    environment = fixtures.environment()
+    environment, limit = fixtures.environment(), "unlimited"
     for verb, arguments, status, expected in steps:
         if verb == "setup":
             clean_up = getattr(fixtures, arguments[0])(tmp_path, *arguments[1:])
@@ -86,5 +87,7 @@ def test_case(path, tmp_path, request):
                 request.addfinalizer(clean_up)
         elif verb == "env":
             environment.update(argument.split("=", 1) for argument in arguments)
+        elif verb == "limit":
+            limit = arguments[0]
         else:
-            run(tmp_path, environment, verb, arguments, status, expected)
+            run(tmp_path, environment, limit, verb, arguments, status, expected)

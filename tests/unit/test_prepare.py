@@ -387,6 +387,7 @@ def test_the_command_ends_with_one_sentence(tmp_path, tokenizer_folder):
     ([], {}, r"data.sources \(run.yml:9\): .*chats.jsonl: expected at least one sample, found none"),
     ([chat(), {"messages": [{"role": "user", "content": "a"}]}], {}, r"sample 1: expected an assistant turn, found none"),
     ([{"messages": [{"role": "user", "content": "a"}]}] * 2, {}, r"expected chats with an assistant turn, found none in 2 samples: set role_mapping"),
+    ([chat(), '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}\n'], {}, r"sample 1: expected text, found half"),
     ([chat(), {"messages": []}], {}, r"sample 1: expected a conversation, found no message"),
     ([{"prompt": "a", "answer": "b"}], {}, r"expected the column user for the role user, found the columns prompt, answer"),
     ([chat()], {"vocab_size": 20}, r"tokenizer.name_or_path \(run.yml:4\): expected token ids below the model's vocabulary of 20, found \d+"),
