@@ -86,6 +86,7 @@ train_log_metrics_path: {folder}/metrics.jsonl
         _, status, usage = os.wait4(process.pid, 0)
         if status != 0:
             sys.exit(said)
+        print(*[line for line in said.splitlines() if line.startswith("memory:")], file=sys.stderr)
         seconds = [json.loads(line)["step_time"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return length / statistics.median(seconds[1:]), usage.ru_maxrss / 2**20
 
