@@ -32,7 +32,6 @@ void over_columns(int64_t columns, int64_t rows, const Args& args, void (*kernel
 
 void Engine::zero(ops::Buffer y) { over(y.elements(), 1, matrix(y), &cpu::zero); }
 void Engine::copy(ops::Buffer y, ops::Buffer x) { over(y.elements(), 1, kernels::CopyArgs{matrix(y), matrix(x)}, &cpu::copy); }
-void Engine::add(ops::Buffer y, ops::Buffer x) { over(y.elements(), 1, kernels::AddArgs{matrix(y), matrix(x)}, &cpu::add); }
 void Engine::add_bias(ops::Buffer y, ops::Buffer b) { over(y.rows, y.columns, kernels::AddBiasArgs{matrix(y), matrix(b)}, &cpu::add_bias); }
 void Engine::bias_grad(ops::Buffer db, ops::Buffer dy) { over_columns(dy.columns, dy.rows, kernels::BiasGradArgs{matrix(db), matrix(dy)}, &cpu::bias_grad); }
 

@@ -64,7 +64,6 @@ class Engine final : public ops::Ops {
   ops::Buffer input(ops::Input which) override;
   void zero(ops::Buffer y) override;
   void copy(ops::Buffer y, ops::Buffer x) override;
-  void add(ops::Buffer y, ops::Buffer x) override;
   void mark(std::string_view where, int64_t layer) override;
   void linear(ops::Buffer y, ops::Buffer x, ops::Buffer w) override;
   void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer w, ops::Buffer r) override;

@@ -58,7 +58,6 @@ class Ops {
   virtual Buffer input(Input which) = 0;                                        // s x 1, i64
   virtual void zero(Buffer y) = 0;
   virtual void copy(Buffer y, Buffer x) = 0;                                    // casts where dtypes differ
-  virtual void add(Buffer y, Buffer x) = 0;                                     // y += x, casts
   // A label for what follows, e.g. "layer 17 mlp backward": error messages and traces show it.
   virtual void mark(std::string_view where, int64_t layer) = 0;
 

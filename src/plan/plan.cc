@@ -72,9 +72,7 @@ void price_costliest(const step::Model& model, Plan& plan) {
     step::Options o = plan.options;
     o.mesh.rank = p;
     Price price = price_step(model, o);
-    if (total_bytes(price) <= total_bytes(plan.price)) continue;
-    plan.price = std::move(price);
-    plan.costliest_rank = p;
+    if (total_bytes(price) > total_bytes(plan.price)) plan.price = std::move(price);
   }
 }
 

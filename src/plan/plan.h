@@ -41,7 +41,6 @@ struct Plan {
   int64_t planned_length = 0; // tokens of the longest micro-batch that can occur, padded: what is priced
   step::Options options;      // for planned_length
   Price price;                // of the costliest rank
-  int64_t costliest_rank = 0;
   int64_t budget_bytes = 0;   // for one rank; 0 where the machine is not known
   bool fits = true;
   std::string why_not;        // a sentence, where it does not fit

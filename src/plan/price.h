@@ -39,7 +39,6 @@ class Priced final : public ops::Ops {
   ops::Buffer input(ops::Input which) override;
   void zero(ops::Buffer y) override { moved({y}); }
   void copy(ops::Buffer y, ops::Buffer x) override { moved({y, x}); }
-  void add(ops::Buffer y, ops::Buffer x) override { moved({y, y, x}); }
   void mark(std::string_view where, int64_t layer) override;
   void linear(ops::Buffer y, ops::Buffer x, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }
   void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }

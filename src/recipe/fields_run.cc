@@ -25,6 +25,11 @@ Section memory_section() {
   };
 }
 
+// A switch for experts: off it has no effect, on it is refused.
+Field no_experts(const char* name, Kind kind) {
+  return {.name = name, .kind = kind, .initial = "false", .decision = kRefused, .why = kMoe, .choices = {{"false", kNoEffect, "there are no experts"}}, .doc = "Experts."};
+}
+
 }  // namespace
 
 std::vector<Field> run_fields() {
@@ -163,27 +168,9 @@ std::vector<Field> experiment_fields() {
        .why = kMoe,
        .choices = {{"1", kNoEffect, "there are no experts"}},
        .doc = "Experts."},
-      {.name = "arctic_moe",
-       .kind = kAny,
-       .initial = "false",
-       .decision = kRefused,
-       .why = kMoe,
-       .choices = {{"false", kNoEffect, "there are no experts"}},
-       .doc = "Experts."},
-      {.name = "enable_arctic_moe_custom_optimization",
-       .kind = kBool,
-       .initial = "false",
-       .decision = kRefused,
-       .why = kMoe,
-       .choices = {{"false", kNoEffect, "there are no experts"}},
-       .doc = "Experts."},
-      {.name = "enable_routing_replay",
-       .kind = kBool,
-       .initial = "false",
-       .decision = kRefused,
-       .why = kMoe,
-       .choices = {{"false", kNoEffect, "there are no experts"}},
-       .doc = "Experts."},
+      no_experts("arctic_moe", kAny),
+      no_experts("enable_arctic_moe_custom_optimization", kBool),
+      no_experts("enable_routing_replay", kBool),
   };
 }
 
