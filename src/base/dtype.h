@@ -6,7 +6,7 @@
 
 namespace uly {
 
-enum class Dtype : uint8_t { kF64, kF32, kBf16, kF16, kI64, kI32, kU8 };
+enum class Dtype : uint8_t { kF64, kF32, kBf16, kF16, kI64, kI32, kI16, kU8 };
 
 int64_t bytes_of(Dtype dtype);
 

@@ -83,6 +83,7 @@ int run(int argc, char** argv) {
   train->add_option("--tokenizer", job.tokenizer_folder, "folder whose tokenizer is saved with the model; without it, the model's");
   train->add_option("--dump", job.dump_folder, "folder for the loss and gradients of each step");
   train->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  train->add_option("--profile", job.profile, "file for a Chrome trace of the third step");
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {
@@ -93,7 +94,6 @@ int run(int argc, char** argv) {
   job.recipe_path = words[0];
   job.overrides.assign(words.begin() + 1, words.end());
   job.cuda = device == "cuda";
-  ULY_USER_CHECK(!job.cuda, "training on GPUs is not available in this version; use --device cpu");
   return train::run(job);
 }
 

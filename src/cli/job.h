@@ -6,25 +6,48 @@
 
 #include "cli/verbs.h"
 #include "launch/environment.h"
+#include "launch/gpus.h"
 #include "models/spec.h"
 #include "plan/plan.h"
 #include "recipe/recipe.h"
 
 namespace uly::cli {
 
+// Why GPUs are not used, in the parts of a sentence: `option` begins it where the user asked for them, `advice` ends it.
+struct Obstacle {
+  std::string option;  // "--device cuda: "
+  std::string fact;    // "GPU 0 (Tesla V100-SXM2-16GB) is sm_70"
+  std::string advice;  // ": expected sm_80 or newer; use --device cpu or another GPU"
+  std::string sentence() const { return option + fact + advice; }
+};
+
 // Where a job runs.
 struct Ranks {
   bool cuda = false;
-  std::string why;  // "no GPU visible": why this device, where the user did not choose
+  bool chosen = false;               // by the user
+  std::optional<Obstacle> obstacle;  // to cuda on this machine; not looked for where the user chose the CPU
   launch::Gpus gpus;
   int64_t world = 1;
   std::optional<launch::Place> place;  // this process is one rank of a job that somebody else started
 };
 
 // Decides device and number of ranks: --num_gpus, else the job's that this process belongs to (`join`), else
-// sequence_parallel_size. Throws UserError for a device that is not known and for a world that no whole number of
-// sequences fits.
+// sequence_parallel_size. The device is --device, else cuda unless there is an obstacle. Throws UserError for a device
+// that is not known and for a world that no whole number of sequences fits.
 Ranks choose_ranks(const Options& options, const recipe::Recipe& recipe, bool join);
+
+// What keeps the first `needed` ranks of this machine from its GPUs, first what is there, then what it can do. Where NVML
+// is missing that is not known, which keeps from them only those who did not choose (`chosen`).
+std::optional<Obstacle> find_obstacle(const launch::Gpus& gpus, int64_t needed, bool chosen);
+
+// A recipe that no GPU can train.
+std::optional<Obstacle> find_obstacle(const recipe::Recipe& recipe);
+
+// "cuda (1 x NVIDIA H200, 139.8 GiB)", "cpu (no GPU is visible: this machine has none)".
+std::string device_words(const Ranks& ranks);
+
+// What the plan has to know of this machine.
+plan::Machine machine_of(const Ranks& ranks);
 
 // What may be downloaded if it is not here.
 enum class Fetch { kNothing, kConfiguration, kWeights };

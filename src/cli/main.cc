@@ -38,7 +38,7 @@ struct Refused {
   bool takes_value;
   bool several_machines;
 };
-constexpr std::array<Refused, 35> kRefused = {{
+constexpr std::array<Refused, 34> kRefused = {{
     {"-H,--hostfile", true, true},
     {"-i,--include", true, true},
     {"-e,--exclude", true, true},
@@ -71,7 +71,6 @@ constexpr std::array<Refused, 35> kRefused = {{
     {"--deepspeed", false, false},
     {"--deepspeed_config", true, false},
     {"--resume", false, false},
-    {"--profile", true, false},
     {"--hosts", true, true},
     {"--nnodes", true, true},
 }};
@@ -83,9 +82,10 @@ std::string help() {
   for (const Verb& v : kVerbs) text += fmt::format("  {:<13} {}\n", v.name, v.doc);
   text +=
       "\nOptions\n"
-      "  --device cpu|cuda     where to train; without it, what this machine has\n"
+      "  --device cpu|cuda     where to train; without it, on the GPUs if they can be used\n"
       "  --num_gpus N          ranks on this machine, one a GPU (on the CPU: one a process); also --num_accelerators\n"
       "  --master_port PORT    where the ranks meet; without it, a free port\n"
+      "  --profile FILE        train: write a Chrome trace of the last of the first three steps\n"
       "  --json                plan, prepare, doctor: for programs\n"
       "  --version, --help\n"
       "\nExamples\n"
@@ -119,6 +119,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   const CLI::Option* ranks = app.add_option("--num_gpus,--num_accelerators,--num-gpus", num_ranks, "ranks on this machine");
   app.add_option("--master_port,--master-port", options.master_port, "port at which the ranks meet")->check(CLI::Range(1, 65535));
   app.add_flag("--json", options.json, "for programs");
+  app.add_option("--profile", options.profile_path, "write a Chrome trace of the last of the first three steps");
   app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests
   app.add_option("--local_rank,--local-rank", ignored, "")->group("");  // other launchers pass it; LOCAL_RANK says it
   std::vector<const CLI::Option*> refused;

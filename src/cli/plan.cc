@@ -1,27 +1,125 @@
 #include "plan/plan.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <map>
+#include <utility>
 
 #include "base/check.h"
+#include "base/log.h"
+#include "base/units.h"
 #include "cli/job.h"
 
 namespace uly::cli {
+namespace {
+
+// The oldest GPU whose kernels are built, and the CUDA that they are built with (docs/operations.md).
+constexpr int kOldestMajor = 8, kOldestMinor = 0;
+constexpr int kCudaVersion = 13000;
+constexpr const char* kDriverForCuda = "580";
+
+// More than a driver keeps of an idle GPU for itself: whose it is may not be visible from a container.
+constexpr int64_t kUnseenBytes = int64_t{1} << 30;
+
+std::string cuda_words(int version) { return fmt::format("CUDA {}.{}", version / 1000, version % 1000 / 10); }
+
+int64_t local_world(const Ranks& ranks) { return ranks.place ? ranks.place->local_world_size : ranks.world; }
+
+int64_t num_used(const launch::Gpus& gpus, int64_t needed) { return std::min<int64_t>(needed, static_cast<int64_t>(gpus.list.size())); }
+
+// "2 x NVIDIA H200, 139.8 GiB each"
+std::string words_of(const std::vector<launch::Gpu>& gpus, int64_t count) {
+  std::map<std::string, int64_t> kinds;
+  std::vector<std::string> order;
+  for (int64_t i = 0; i < count; ++i) {
+    const launch::Gpu& gpu = gpus[static_cast<size_t>(i)];
+    std::string kind = gpu.name.empty() ? "GPU" : gpu.name;
+    if (gpu.total_bytes > 0) kind += ", " + format_bytes(gpu.total_bytes);
+    if (kinds[kind]++ == 0) order.push_back(kind);
+  }
+  std::string text;
+  for (const std::string& kind : order)
+    text += fmt::format("{}{} x {}{}", text.empty() ? "" : " and ", kinds[kind], kind, kinds[kind] > 1 && kind.find(", ") != std::string::npos ? " each" : "");
+  return text;
+}
+
+// What others hold on one GPU.
+struct Foreign {
+  int64_t bytes = 0, pid = 0;
+  std::string words;
+};
+Foreign foreign_on(const launch::Gpu& gpu) {
+  Foreign f;
+  int64_t largest = 0;
+  for (const launch::Gpu::Process& p : gpu.processes) {
+    f.bytes += p.bytes;
+    if (f.pid == 0 || p.bytes > largest) f.pid = p.pid;
+    largest = std::max(largest, p.bytes);
+  }
+  const size_t count = gpu.processes.size();
+  if (count == 0 && gpu.total_bytes - gpu.free_bytes > kUnseenBytes) {
+    f.bytes = gpu.total_bytes - gpu.free_bytes;
+    f.words = fmt::format("GPU {}: {} belong to processes that cannot be seen from here", gpu.index, format_bytes(f.bytes));
+  } else if (count == 1 && f.bytes > 0) {
+    f.words = fmt::format("GPU {}: {} belong to process {}", gpu.index, format_bytes(f.bytes), f.pid);
+  } else if (count == 1) {
+    f.words = fmt::format("GPU {}: process {} computes on it too", gpu.index, f.pid);
+  } else if (count > 1) {
+    f.words = fmt::format("GPU {}: {} belong to {} other processes, most to process {}", gpu.index, format_bytes(f.bytes), count, f.pid);
+  }
+  return f;
+}
+
+Json facts_of(const plan::Machine& m) {
+  Json facts = {{"cores", m.cores}, {"memory_bytes", m.memory_bytes}, {"gpus", m.gpus}};
+  if (m.cuda)
+    facts["gpu"] = {{"words", m.gpu_words},
+                    {"name", m.gpu_name},
+                    {"capability", {m.gpu_major, m.gpu_minor}},
+                    {"total_bytes", m.gpu_total_bytes},
+                    {"free_bytes", m.gpu_free_bytes},
+                    {"ranks", m.gpu_ranks},
+                    {"foreign", {{"words", m.gpu_foreign_words}, {"bytes", m.gpu_foreign_bytes}, {"pid", m.gpu_foreign_pid}}}};
+  return facts;
+}
+
+}  // namespace
+
+std::optional<Obstacle> find_obstacle(const launch::Gpus& gpus, int64_t needed, bool chosen) {
+  const std::string option = "--device cuda: ";
+  const std::string shown = gpus.variable ? fmt::format("CUDA_VISIBLE_DEVICES={}", *gpus.variable) : "this machine";
+  if (gpus.visible == 0) return Obstacle{option, fmt::format("no GPU is visible: {}", gpus.in_machine > 0 ? shown + " shows none" : "this machine has none"), ""};
+  if (needed > gpus.visible && !gpus.shared) return Obstacle{"", fmt::format("{} ranks need as many GPUs on this machine; {} shows {}", needed, shown, gpus.visible), ""};
+  if (gpus.nvml == launch::Nvml::kFailed) return Obstacle{option, fmt::format("the driver does not answer: {}", gpus.why), "; nvidia-smi may say more"};
+  if (gpus.nvml == launch::Nvml::kMissing && !chosen) return Obstacle{option, fmt::format("nothing tells what the GPU can do: {}", gpus.why), ""};
+  for (int64_t i = 0; i < num_used(gpus, needed); ++i) {
+    const launch::Gpu& gpu = gpus.list[static_cast<size_t>(i)];
+    if (!gpu.trouble.empty())
+      return Obstacle{"", fmt::format("GPU {} does not answer: {}", gpu.index, gpu.trouble), "; CUDA_VISIBLE_DEVICES can choose others"};
+    if (gpu.major > 0 && std::pair(gpu.major, gpu.minor) < std::pair(kOldestMajor, kOldestMinor))
+      return Obstacle{"", fmt::format("GPU {} ({}) is sm_{}{}", gpu.index, gpu.name, gpu.major, gpu.minor),
+                      fmt::format(": expected sm_{}{} or newer; use --device cpu or another GPU", kOldestMajor, kOldestMinor)};
+  }
+  if (gpus.nvml == launch::Nvml::kAnswered && gpus.driver.cuda_version < kCudaVersion)
+    return Obstacle{"", fmt::format("the driver {} supports {}", gpus.driver.version, cuda_words(gpus.driver.cuda_version)),
+                    fmt::format(": expected {}, which needs driver {} or newer", cuda_words(kCudaVersion), kDriverForCuda)};
+  if (::access(launch::gpu_part_path().c_str(), R_OK) != 0)
+    return Obstacle{option, "this build has no GPU part (libulysses_cuda.so is missing beside ulysses)", ": run `make build` with ULYSSES_CUDA=ON"};
+  return std::nullopt;
+}
+
+std::optional<Obstacle> find_obstacle(const recipe::Recipe& recipe) {
+  if (recipe.model.dtype == Dtype::kBf16) return std::nullopt;
+  return Obstacle{"", fmt::format("model.dtype ({}): attention on a GPU computes in bf16", recipe.where("model.dtype")), ": expected bf16, or --device cpu"};
+}
 
 Ranks choose_ranks(const Options& options, const recipe::Recipe& recipe, bool join) {
   Ranks ranks;
-  ranks.gpus = launch::visible_gpus();
-  if (options.device) {
-    ULY_USER_CHECK(*options.device == "cpu" || *options.device == "cuda", "--device: expected cpu or cuda, found '{}'", *options.device);
-    ranks.cuda = *options.device == "cuda";
-  } else if (ranks.gpus.visible > 0) {
-    ranks.why = "training on GPUs is not available in this version";
-  } else if (ranks.gpus.in_machine > 0) {
-    ranks.why = fmt::format("no GPU visible: CUDA_VISIBLE_DEVICES is '{}'", ranks.gpus.variable.value_or(""));
-  } else {
-    ranks.why = "no GPU visible";
-  }
+  ranks.chosen = options.device.has_value();
+  ULY_USER_CHECK(!ranks.chosen || *options.device == "cpu" || *options.device == "cuda", "--device: expected cpu or cuda, found '{}'", *options.device);
   if (join) ranks.place = launch::place_in_job();
   const int64_t P = recipe.sequence_parallel_size;
   if (ranks.place) {
@@ -34,15 +132,60 @@ Ranks choose_ranks(const Options& options, const recipe::Recipe& recipe, bool jo
   ULY_USER_CHECK(ranks.world >= 1, "--num_gpus: expected at least 1, found {}", ranks.world);
   ULY_USER_CHECK(ranks.world % P == 0, "sequence_parallel_size ({}): expected a divisor of {} rank{}, found {}", recipe.where("sequence_parallel_size"),
                  ranks.world, ranks.world == 1 ? "" : "s", P);
+  if (ranks.chosen && *options.device == "cpu") {
+    ranks.gpus = launch::visible_gpus();
+    return ranks;
+  }
+  ranks.gpus = launch::ask_gpus();
+  ranks.obstacle = find_obstacle(ranks.gpus, local_world(ranks), ranks.chosen);
+  if (!ranks.obstacle) ranks.obstacle = find_obstacle(recipe);
+  ranks.cuda = ranks.chosen || !ranks.obstacle;
   return ranks;
 }
 
-// Starts nothing and asks no network: a plan is made from the recipe, the model's configuration and this machine.
+std::string device_words(const Ranks& ranks) {
+  if (!ranks.cuda) return ranks.obstacle ? fmt::format("cpu ({})", ranks.obstacle->fact) : "cpu";
+  const std::string words = words_of(ranks.gpus.list, num_used(ranks.gpus, local_world(ranks)));
+  return words.empty() ? "cuda" : fmt::format("cuda ({})", words);
+}
+
+plan::Machine machine_of(const Ranks& ranks) {
+  plan::Machine m = plan::this_machine(ranks.cuda, ranks.gpus.visible);
+  const int64_t local = local_world(ranks), used = num_used(ranks.gpus, local);
+  if (!ranks.cuda || used == 0) return m;
+  if (ranks.gpus.shared) m.gpu_ranks = (local + used - 1) / used;
+  m.gpu_words = words_of(ranks.gpus.list, used);
+  // Of a job that has been started already only this rank's own GPU is idle yet.
+  const int64_t first = ranks.place ? ranks.place->local_rank % used : 0, last = ranks.place ? first + 1 : used;
+  for (int64_t i = first; i < last; ++i) {
+    const launch::Gpu& gpu = ranks.gpus.list[static_cast<size_t>(i)];
+    const Foreign foreign = foreign_on(gpu);
+    if (!foreign.words.empty()) m.gpu_foreign_words += (m.gpu_foreign_words.empty() ? "" : "; ") + foreign.words;
+    m.gpu_total_bytes = i == first ? gpu.total_bytes : std::min(m.gpu_total_bytes, gpu.total_bytes);
+    if (i == first || std::pair(gpu.major, gpu.minor) < std::pair(m.gpu_major, m.gpu_minor)) {
+      m.gpu_major = gpu.major;
+      m.gpu_minor = gpu.minor;
+    }
+    if (i > first && gpu.free_bytes >= m.gpu_free_bytes) continue;
+    m.gpu_name = gpu.name;
+    m.gpu_free_bytes = gpu.free_bytes;
+    m.gpu_foreign_bytes = foreign.bytes;
+    m.gpu_foreign_pid = foreign.pid;
+  }
+  return m;
+}
+
+// Starts nothing and asks no network: a plan is made from the recipe, the model's configuration and this machine. What
+// this machine lacks is no reason to refuse: the plan may be for another.
 int plan(const Options& options) {
   const recipe::Recipe recipe = recipe::load(options.recipe, options.overrides);
   const Ranks ranks = choose_ranks(options, recipe, false);
+  if (const std::optional<Obstacle> obstacle = find_obstacle(recipe); ranks.cuda && obstacle) throw UserError(obstacle->sentence());
+  if (!ranks.cuda && ranks.obstacle && ranks.gpus.visible > 0) say("device: {}", device_words(ranks));
   const models::Spec spec = find_model(recipe, Fetch::kNothing);
-  const plan::Plan plan = plan::make(recipe, spec, plan::this_machine(ranks.cuda, ranks.gpus.visible), ranks.world, std::nullopt);
+  const plan::Machine machine = machine_of(ranks);
+  plan::Plan plan = plan::make(recipe, spec, machine, ranks.world, std::nullopt);
+  plan.facts["machine"] = facts_of(machine);
   const std::string out = options.json ? plan.facts.dump(2) + "\n" : plan::text(plan);
   std::fwrite(out.data(), 1, out.size(), stdout);
   std::fflush(stdout);

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 
@@ -20,14 +21,13 @@ void refuse_what_comes_later(const recipe::Recipe& recipe) {
   user_error("{}: {}: {}: not available yet", first.where, first.key, first.text);
 }
 
-void check_device(const Ranks& ranks) {
-  if (!ranks.cuda) return;
-  const launch::Gpus& gpus = ranks.gpus;
-  const std::string shown = gpus.variable ? fmt::format("CUDA_VISIBLE_DEVICES={}", *gpus.variable) : "this machine";
-  ULY_USER_CHECK(gpus.visible > 0, "--device cuda: no GPU is visible: {}", gpus.in_machine > 0 ? shown + " shows none" : "this machine has none");
-  const int64_t needed = ranks.place ? ranks.place->local_world_size : ranks.world;
-  ULY_USER_CHECK(needed <= gpus.visible, "{} ranks need as many GPUs on this machine; {} shows {}", needed, shown, gpus.visible);
-  user_error("training on GPUs is not available in this version; use --device cpu");
+// A trace that cannot be written is said before three steps have been waited for.
+void check_profile(const std::string& path) {
+  if (path.empty()) return;
+  std::error_code ignored;
+  const std::filesystem::path parent = std::filesystem::absolute(path).parent_path();
+  ULY_USER_CHECK(!std::filesystem::is_directory(path, ignored), "--profile: expected a file, found the folder {}", path);
+  ULY_USER_CHECK(::access(parent.c_str(), W_OK) == 0, "--profile: {} cannot be written: {}", path, std::strerror(errno));
 }
 
 // What one look at the model's files and folders tells is said now: here once, not by every rank after the data is prepared.
@@ -42,11 +42,12 @@ void check_model(const recipe::Recipe& recipe, const models::Spec& spec) {
   }
 }
 
-std::vector<std::string> engine_command(const Options& options, const models::Spec& spec, const std::string& tokenizer, const plan::DataFacts& facts) {
+std::vector<std::string> engine_command(const Options& options, bool cuda, const models::Spec& spec, const std::string& tokenizer, const plan::DataFacts& facts) {
   std::vector<std::string> command = {launch::engine_path(), "train",    options.recipe, "--model", model_place(spec), "--tokens",
-                                      facts.tokens_path,     "--device", "cpu"};
+                                      facts.tokens_path,     "--device", cuda ? "cuda" : "cpu"};
   if (!tokenizer.empty()) command.insert(command.end(), {"--tokenizer", tokenizer});
   if (!options.dump_folder.empty()) command.insert(command.end(), {"--dump", options.dump_folder});
+  if (!options.profile_path.empty()) command.insert(command.end(), {"--profile", options.profile_path});
   command.insert(command.end(), options.overrides.begin(), options.overrides.end());
   return command;
 }
@@ -54,6 +55,7 @@ std::vector<std::string> engine_command(const Options& options, const models::Sp
 // Becomes the engine: the launcher that started this process watches it and has set its environment.
 [[noreturn]] void become_engine(const std::vector<std::string>& command) {
   std::fflush(stdout);
+  ::setenv("CUDA_DEVICE_ORDER", launch::cuda_device_order().c_str(), 1);
   std::vector<char*> arguments;
   for (const std::string& a : command) arguments.push_back(const_cast<char*>(a.c_str()));
   arguments.push_back(nullptr);
@@ -66,22 +68,23 @@ std::vector<std::string> engine_command(const Options& options, const models::Sp
 int train(const Options& options) {
   const recipe::Recipe recipe = recipe::load(options.recipe, options.overrides);
   const Ranks ranks = choose_ranks(options, recipe, true);
-  check_device(ranks);
+  if (ranks.cuda && ranks.obstacle) throw UserError(ranks.obstacle->sentence());
+  check_profile(options.profile_path);
   refuse_what_comes_later(recipe);
   const std::string engine = launch::engine_path();
   ULY_USER_CHECK(::access(engine.c_str(), X_OK) == 0, "{}: expected the engine here: {}; `make build` makes it", engine, std::strerror(errno));
   const bool speaks = !ranks.place || ranks.place->rank == 0;
-  if (speaks && !ranks.why.empty()) say("device: cpu ({})", ranks.why);
+  if (speaks && !ranks.chosen) say("device: {}", device_words(ranks));
 
   const models::Spec spec = find_model(recipe, Fetch::kWeights);
-  const plan::Machine machine = plan::this_machine(ranks.cuda, ranks.gpus.visible);
+  const plan::Machine machine = machine_of(ranks);
   plan::make(recipe, spec, machine, ranks.world, std::nullopt);  // what cannot be is said before data is prepared for long
   check_model(recipe, spec);
   const plan::DataFacts facts = prepare_data(recipe, spec);
   const plan::Plan plan = plan::make(recipe, spec, machine, ranks.world, facts);
   if (!plan.fits) throw WillNotFit(plan.why_not);
 
-  const std::vector<std::string> command = engine_command(options, spec, tokenizer_folder(recipe), facts);
+  const std::vector<std::string> command = engine_command(options, ranks.cuda, spec, tokenizer_folder(recipe), facts);
   if (ranks.place) become_engine(command);
   return launch::run_local({.command = command, .ranks = ranks.world, .master_port = options.master_port, .cores = machine.cores});
 }

@@ -6,6 +6,8 @@
 
 #include "base/check.h"
 #include "base/json.h"
+#include "base/units.h"
+#include "cli/job.h"
 #include "launch/environment.h"
 #include "launch/python.h"
 #include "plan/plan.h"
@@ -19,6 +21,22 @@ std::string answer_of(const std::vector<std::string>& command) {
   if (::access(command[0].c_str(), X_OK) != 0) return "";
   const launch::Output output = launch::run_and_capture(command);
   return output.exit_code == 0 ? output.text.substr(0, output.text.find('\n')) : "";
+}
+
+Json facts_of(const launch::Gpu& gpu) {
+  Json processes = Json::array();
+  for (const launch::Gpu::Process& p : gpu.processes) processes.push_back({{"pid", p.pid}, {"bytes", p.bytes}});
+  return {{"index", gpu.index}, {"uuid", gpu.uuid}, {"name", gpu.name}, {"capability", {gpu.major, gpu.minor}}, {"total_bytes", gpu.total_bytes},
+          {"free_bytes", gpu.free_bytes}, {"processes", processes}, {"trouble", gpu.trouble}};
+}
+
+std::string words_of(const launch::Gpu& gpu) {
+  if (gpu.index < 0) return gpu.uuid;
+  if (!gpu.trouble.empty()) return fmt::format("GPU {} does not answer: {}", gpu.index, gpu.trouble);
+  const std::string memory = gpu.total_bytes > 0 ? fmt::format("{}, {} free", format_bytes(gpu.total_bytes), format_bytes(gpu.free_bytes)) : "memory not known";
+  std::string text = fmt::format("GPU {}: {}, sm_{}{}, {}", gpu.index, gpu.name, gpu.major, gpu.minor, memory);
+  for (const launch::Gpu::Process& p : gpu.processes) text += fmt::format("; process {} holds {}", p.pid, p.bytes > 0 ? format_bytes(p.bytes) : "an unknown part");
+  return text;
 }
 
 constexpr const char* kPythonVersions =
@@ -37,8 +55,9 @@ int docs(const Options&) {
 }
 
 int doctor(const Options& options) {
-  const launch::Gpus gpus = launch::visible_gpus();
+  const launch::Gpus gpus = launch::ask_gpus();
   const plan::Machine machine = plan::this_machine(false, gpus.visible);
+  const std::optional<Obstacle> obstacle = find_obstacle(gpus, 1, false);
   const std::string engine = launch::engine_path(), python = launch::python_path();
   const std::string engine_says = answer_of({engine, "--version"}), python_says = answer_of({python, "-c", kPythonVersions});
   Json out;
@@ -46,6 +65,10 @@ int doctor(const Options& options) {
   out["cores"] = machine.cores;
   out["memory_bytes"] = machine.memory_bytes;
   out["gpus"] = {{"in_machine", gpus.in_machine}, {"visible", gpus.visible}, {"CUDA_VISIBLE_DEVICES", gpus.variable ? Json(*gpus.variable) : Json()}};
+  out["gpus"]["driver"] = {{"version", gpus.driver.version}, {"cuda_version", gpus.driver.cuda_version}, {"why_not_known", gpus.why}};
+  out["gpus"]["list"] = Json::array();
+  for (const launch::Gpu& gpu : gpus.list) out["gpus"]["list"].push_back(facts_of(gpu));
+  out["device"] = {{"default", obstacle ? "cpu" : "cuda"}, {"why", obstacle ? obstacle->fact : ""}};
   out["engine"] = {{"path", engine}, {"answer", engine_says}};
   out["python"] = {{"path", python}, {"answer", python_says}};
   out["hub"] = {{"cache", launch::hub_cache_folder()}, {"token", launch::has_hub_token()}};
@@ -57,6 +80,9 @@ int doctor(const Options& options) {
     fmt::print("ulysses   {}\n", kVersion);
     fmt::print("machine   {}\n", machine.words);
     fmt::print("GPUs      {} visible of {}{}\n", gpus.visible, gpus.in_machine, shown);
+    for (const launch::Gpu& gpu : gpus.list) fmt::print("          {}\n", words_of(gpu));
+    if (gpus.nvml == launch::Nvml::kAnswered) fmt::print("driver    {}, CUDA {}.{}\n", gpus.driver.version, gpus.driver.cuda_version / 1000, gpus.driver.cuda_version % 1000 / 10);
+    fmt::print("device    {}\n", obstacle ? fmt::format("cpu: {}{}", obstacle->fact, obstacle->advice) : "cuda");
     fmt::print("engine    {}: {}\n", engine, engine_says.empty() ? "cannot be run; `make build` makes it" : engine_says);
     fmt::print("python    {}: {}\n", python, python_says.empty() ? "cannot be run; `make setup` makes it" : python_says);
     fmt::print("hub       cache {}, {}\n", launch::hub_cache_folder(), launch::has_hub_token() ? "a token is set" : "no token is set");

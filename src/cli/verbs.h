@@ -17,8 +17,9 @@ struct Options {
   std::optional<std::string> device;   // cpu | cuda
   std::optional<int64_t> num_ranks;    // --num_gpus: ranks on this machine
   bool json = false;
-  int master_port = 0;      // 0: a free one
-  std::string dump_folder;  // passed on to the engine
+  int master_port = 0;       // 0: a free one
+  std::string dump_folder;   // passed on to the engine
+  std::string profile_path;  // passed on to the engine
 };
 
 int train(const Options& options);

@@ -11,6 +11,9 @@ namespace uly::kernels {
 // Throws InternalError.
 [[noreturn]] void unsupported_dtype(const char* kernel);
 
+// Throws InternalError.
+[[noreturn]] void unsupported_head(const char* kernel);
+
 // Throws DeviceError; `text` says what the runtime said.
 [[noreturn]] void launch_failed(const char* kernel, const char* text);
 

@@ -15,6 +15,7 @@ size_t element_bytes(Dtype dtype) {
       return 4;
     case Dtype::kBf16:
     case Dtype::kF16:
+    case Dtype::kI16:
       return 2;
     case Dtype::kU8:
       return 1;
@@ -25,6 +26,29 @@ size_t element_bytes(Dtype dtype) {
 CopyArgs flattened_pair(const Matrix& y, const Matrix& x) {
   if (!y.contiguous() || !x.contiguous()) return {y, x};
   return {flattened(y), flattened(x)};
+}
+
+template <typename U>
+struct CopyUnits {
+  U* y;
+  const U* x;
+  int64_t y_stride, x_stride;
+  template <int>
+  __device__ void run(int64_t row, int64_t i) const {
+    y[row * y_stride + i] = x[row * x_stride + i];
+  }
+};
+
+// Copies in units of U if all addresses and strides are multiples of it; an element has `element` bytes.
+template <typename U>
+bool copy_units(const Matrix& y, const Matrix& x, int64_t element, Stream stream) {
+  constexpr int64_t kUnit = sizeof(U);
+  const uint64_t all =
+      reinterpret_cast<uintptr_t>(y.data) | reinterpret_cast<uintptr_t>(x.data) | static_cast<uint64_t>((y.columns | y.stride | x.stride) * element);
+  if (all % sizeof(U) != 0) return false;
+  const CopyUnits<U> f{static_cast<U*>(y.data), static_cast<const U*>(x.data), y.stride * element / kUnit, x.stride * element / kUnit};
+  for_elements<1>("copy", f, y.rows, y.columns * element / kUnit, false, stream);
+  return true;
 }
 
 template <typename T>
@@ -88,11 +112,11 @@ void copy(const CopyArgs& a, Stream stream) {
   const CopyArgs flat = flattened_pair(a.y, a.x);
   const Matrix &y = flat.y, &x = flat.x;
   if (y.dtype == x.dtype) {
-    const size_t bytes = element_bytes(y.dtype), width = static_cast<size_t>(y.columns) * bytes;
-    const cudaError_t error = y.rows == 1 ? cudaMemcpyAsync(y.data, x.data, width, cudaMemcpyDeviceToDevice, stream)
-                                          : cudaMemcpy2DAsync(y.data, static_cast<size_t>(y.stride) * bytes, x.data, static_cast<size_t>(x.stride) * bytes,
-                                                              width, static_cast<size_t>(y.rows), cudaMemcpyDeviceToDevice, stream);
-    return check_call("copy", error);
+    const int64_t bytes = static_cast<int64_t>(element_bytes(y.dtype));
+    if (y.rows == 1) return check_call("copy", cudaMemcpyAsync(y.data, x.data, static_cast<size_t>(y.columns * bytes), cudaMemcpyDeviceToDevice, stream));
+    if (copy_units<uint4>(y, x, bytes, stream) || copy_units<uint64_t>(y, x, bytes, stream) || copy_units<uint32_t>(y, x, bytes, stream)) return;
+    if (!copy_units<uint16_t>(y, x, bytes, stream)) copy_units<uint8_t>(y, x, bytes, stream);
+    return;
   }
   require_float(x.dtype, "copy");
   for_float_type(y.dtype, "copy", [&](auto t) {

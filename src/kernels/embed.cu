@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kGroups = 512;  // table rows r with equal r % kGroups belong to one block
+constexpr int kAhead = 4;     // rows of dh that are on their way at once: many tokens may share an id
 
 template <typename T>
 struct Lookup {
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) embed_grad_kernel(const __grid_const
   for (int64_t first = 0; first < a.dh.rows; first += kThreads) {
     const int64_t token = first + threadIdx.x;
     const int64_t id = token < a.dh.rows ? *row_of<int64_t>(a.ids, token) : -1;
-    const bool mine = id >= 0 && id % kGroups == blockIdx.y;
+    const bool mine = id >= 0 && id != a.skip_id && id % kGroups == blockIdx.y;
     const unsigned mask = __ballot_sync(0xffffffffu, mine);
     if (lane == 0) counts[warp] = __popc(mask);
     __syncthreads();
@@ -47,13 +48,21 @@ __global__ void __launch_bounds__(kThreads) embed_grad_kernel(const __grid_const
     }
     __syncthreads();
     if (column < a.dh.columns) {
-      for (int l = 0; l < total; ++l) {
-        float* to = row_of<float>(a.dtable, listed_ids[l]) + column;
-        float sum[W], v[W];
-        load(to, sum), load(row_of<T>(a.dh, first + listed[l]) + column, v);
+      for (int l = 0; l < total; l += kAhead) {
+        Held<T, W> held[kAhead];
 #pragma unroll
-        for (int k = 0; k < W; ++k) sum[k] += v[k];
-        store(to, sum);
+        for (int p = 0; p < kAhead; ++p)
+          if (l + p < total) held[p].fetch(row_of<T>(a.dh, first + listed[l + p]) + column);
+#pragma unroll
+        for (int p = 0; p < kAhead; ++p) {
+          if (l + p >= total) break;
+          float* to = row_of<float>(a.dtable, listed_ids[l + p]) + column;
+          float sum[W], v[W];
+          load(to, sum), held[p].get(v);
+#pragma unroll
+          for (int k = 0; k < W; ++k) sum[k] += v[k];
+          store(to, sum);
+        }
       }
     }
     __syncthreads();

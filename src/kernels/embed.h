@@ -9,9 +9,10 @@ struct EmbedArgs {
   Matrix h, table, ids;  // activation sxD | weight VxD | i64 sx1
 };
 
-// dtable[ids[i]] += dh[i]; rows with the same id are added in the order of i.
+// dtable[ids[i]] += dh[i]; rows with the same id are added in the order of i, rows whose id is skip_id (padding) not at all.
 struct EmbedGradArgs {
   Matrix dtable, dh, ids;  // fp32 VxD, += | activation sxD | i64 sx1
+  int64_t skip_id = -1;
 };
 
 void embed(const EmbedArgs& a, Stream stream);

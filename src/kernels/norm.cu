@@ -1,7 +1,5 @@
 #include "kernels/norm.h"
 
-#include <algorithm>
-
 #include "kernels/device/reduce.cuh"
 
 namespace uly::kernels {
@@ -51,33 +49,102 @@ template <typename T, int W>
 __global__ void __launch_bounds__(512) rms_norm_kernel(const __grid_constant__ RmsNormArgs a) {
   constexpr int kHeld = 4;
   __shared__ float shared[16];
-  const int64_t row = blockIdx.x, n = a.x.columns, step = static_cast<int64_t>(blockDim.x) * W, first = threadIdx.x * W;
+  const int64_t row = blockIdx.x;
+  const int n = static_cast<int>(a.x.columns), step = static_cast<int>(blockDim.x) * W, first = static_cast<int>(threadIdx.x) * W;
   const T* x = row_of<T>(a.x, row);
   T* y = row_of<T>(a.y, row);
-  float held[kHeld][W], v[W], sum = 0;
+  Held<T, W> held[kHeld];
+  float v[W], sum = 0;
 #pragma unroll
   for (int h = 0; h < kHeld; ++h)
-    if (first + h * step < n) load(x + first + h * step, held[h]);
+    if (first + h * step < n) held[h].fetch(x + first + h * step);
 #pragma unroll
   for (int h = 0; h < kHeld; ++h)
-    if (first + h * step < n) add_squares(sum, held[h]);
-  for (int64_t j = first + kHeld * step; j < n; j += step) {
+    if (first + h * step < n) {
+      held[h].get(v);
+      add_squares(sum, v);
+    }
+  for (int j = first + kHeld * step; j < n; j += step) {
     load(x + j, v);
     add_squares(sum, v);
   }
-  const float rstd = 1.0f / sqrtf(alternating_block_sum(sum, shared) / static_cast<float>(n) + static_cast<float>(a.eps));
+  const float rstd = rsqrtf(__fdividef(alternating_block_sum(sum, shared), static_cast<float>(n)) + static_cast<float>(a.eps));
   if (threadIdx.x == 0) *row_of<float>(a.rstd, row) = rstd;
 #pragma unroll
   for (int h = 0; h < kHeld; ++h)
-    if (first + h * step < n) store_normed(y, first + h * step, held[h], rstd, a.w);
-  for (int64_t j = first + kHeld * step; j < n; j += step) {
+    if (first + h * step < n) {
+      held[h].get(v);
+      store_normed(y, first + h * step, v, rstd, a.w);
+    }
+  for (int j = first + kHeld * step; j < n; j += step) {
     load(x + j, v);
     store_normed(y, j, v, rstd, a.w);
   }
 }
 
-// Rows blockIdx.x, + gridDim.x, ...; a thread keeps the sums of its own columns of dw, in shared memory or in its block's
-// row of scratch.
+// What a thread holds of a row for the gradient: V vectors of each matrix; zeros beyond the last column.
+template <typename T, int W, int V>
+struct GradRow {
+  Held<T, W> dx[V], dy[V], x[V];
+  float rstd;
+
+  __device__ __forceinline__ void fetch(const RmsNormGradArgs& a, int64_t row, int first, int step) {
+    const T *from_dx = row_of<T>(a.dx, row) + first, *from_dy = row_of<T>(a.dy, row) + first, *from_x = row_of<T>(a.x, row) + first;
+#pragma unroll
+    for (int h = 0; h < V; ++h)
+      if (first + h * step < static_cast<int>(a.x.columns)) {
+        dy[h].fetch(from_dy + h * step), x[h].fetch(from_x + h * step), dx[h].fetch(from_dx + h * step);
+      }
+    rstd = *row_of<float>(a.rstd, row);
+  }
+};
+
+// Rows blockIdx.x, + gridDim.x, ...; the next row is on its way while this one is summed and written. A thread's columns
+// of w and its sums of dw stay in registers. For rows of at most 512 V vectors.
+template <typename T, int W, int V>
+__global__ void __launch_bounds__(512) rms_norm_grad_rows_kernel(const __grid_constant__ RmsNormGradArgs a) {
+  __shared__ float shared[2][16];
+  const int n = static_cast<int>(a.x.columns), step = static_cast<int>(blockDim.x) * W, first = static_cast<int>(threadIdx.x) * W;
+  float w[V][W] = {}, sums[V][W] = {};
+#pragma unroll
+  for (int h = 0; h < V; ++h)
+    if (first + h * step < n) load_any(a.w, first + h * step, w[h]);
+  GradRow<T, W, V> now = {}, next = {};
+  now.fetch(a, blockIdx.x, first, step);
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < a.x.rows; row += gridDim.x, turn ^= 1) {
+    if (row + gridDim.x < a.x.rows) next.fetch(a, row + gridDim.x, first, step);
+    float sum = 0;
+#pragma unroll
+    for (int h = 0; h < V; ++h) {
+      float dy[W], x[W];
+      now.dy[h].get(dy), now.x[h].get(x);
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        const float product = dy[k] * x[k];
+        sum += product * w[h][k];
+        sums[h][k] += product * now.rstd;
+      }
+    }
+    const float c = __fdividef(alternating_block_sum(sum, shared[turn]), static_cast<float>(n)) * now.rstd * now.rstd * now.rstd;
+    T* to = row_of<T>(a.dx, row) + first;
+#pragma unroll
+    for (int h = 0; h < V; ++h) {
+      float dy[W], x[W], dx[W];
+      now.dy[h].get(dy), now.x[h].get(x), now.dx[h].get(dx);
+#pragma unroll
+      for (int k = 0; k < W; ++k) dx[k] += dy[k] * w[h][k] * now.rstd - x[k] * c;
+      if (first + h * step < n) store(to + h * step, dx);
+    }
+    now = next;
+  }
+  float* out = static_cast<float*>(a.scratch) + static_cast<int64_t>(blockIdx.x) * n + first;
+#pragma unroll
+  for (int h = 0; h < V; ++h)
+    if (first + h * step < n) store(out + h * step, sums[h]);
+}
+
+// The same for any row: sums of dw lie in shared memory or in the block's row of scratch.
 template <typename T, int W>
 __global__ void __launch_bounds__(512) rms_norm_grad_kernel(const __grid_constant__ RmsNormGradArgs a, bool in_shared) {
   constexpr int kHeld = 2;
@@ -125,101 +192,7 @@ __global__ void __launch_bounds__(512) rms_norm_grad_kernel(const __grid_constan
   }
 }
 
-// Heads are worked on by groups of `lanes` threads, so many that a vector each is a head, or 32.
-struct Place {
-  int64_t row, head;
-};
-
-__device__ __forceinline__ Place place_of(int64_t unit, int64_t heads) {
-  if ((unit | heads) >> 32 != 0) return {unit / heads, unit % heads};
-  const uint32_t row = static_cast<uint32_t>(unit) / static_cast<uint32_t>(heads);
-  return {row, static_cast<uint32_t>(unit) - row * static_cast<uint32_t>(heads)};
-}
-
-template <typename T, int W>
-__global__ void __launch_bounds__(256) head_norm_kernel(const __grid_constant__ HeadNormArgs a, int64_t heads, int lanes) {
-  const int64_t H = a.head_size, units = a.x.rows * heads, first = static_cast<int64_t>(threadIdx.x % lanes) * W, step = static_cast<int64_t>(lanes) * W;
-  const int groups = 256 / lanes;
-  float held[W], v[W];
-  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * groups; begin < units; begin += static_cast<int64_t>(gridDim.x) * groups) {
-    const int64_t unit = begin + threadIdx.x / lanes;
-    const bool exists = unit < units;  // all threads stay for the shuffles
-    const Place at = place_of(exists ? unit : units - 1, heads);
-    const T* x = row_of<T>(a.x, at.row) + at.head * H;
-    T* y = row_of<T>(a.y, at.row) + at.head * H;
-    float sum = 0;
-    if (first < H) {
-      load(x + first, held);
-      add_squares(sum, held);
-    }
-    for (int64_t j = first + step; j < H; j += step) {
-      load(x + j, v);
-      add_squares(sum, v);
-    }
-    const float rstd = 1.0f / sqrtf(group_sum(sum, lanes) / static_cast<float>(H) + static_cast<float>(a.eps));
-    if (!exists) continue;
-    if (first == 0) row_of<float>(a.rstd, at.row)[at.head] = rstd;
-    if (first < H) store_normed(y, first, held, rstd, a.w);
-    for (int64_t j = first + step; j < H; j += step) {
-      load(x + j, v);
-      store_normed(y, j, v, rstd, a.w);
-    }
-  }
-}
-
-// Each group keeps its sums of dw in shared memory; they are added in order at the end.
-template <typename T, int W>
-__global__ void __launch_bounds__(256) head_norm_grad_kernel(const __grid_constant__ HeadNormGradArgs a, int64_t heads, int lanes) {
-  extern __shared__ float4 dynamic[];
-  const int64_t H = a.head_size, units = a.x.rows * heads, first = static_cast<int64_t>(threadIdx.x % lanes) * W, step = static_cast<int64_t>(lanes) * W;
-  const int groups = 256 / lanes;
-  float* sums = reinterpret_cast<float*>(dynamic) + threadIdx.x / lanes * H;
-  float dy[W], x[W], v[W];
-  for (int k = 0; k < W; ++k) v[k] = 0;
-  for (int64_t j = first; j < H; j += step) store(sums + j, v);
-  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * groups; begin < units; begin += static_cast<int64_t>(gridDim.x) * groups) {
-    const int64_t unit = begin + threadIdx.x / lanes;
-    const bool exists = unit < units;
-    const Place at = place_of(exists ? unit : units - 1, heads);
-    T* dx = row_of<T>(a.dx, at.row) + at.head * H;
-    const T* from = row_of<T>(a.x, at.row) + at.head * H;
-    const float rstd = row_of<float>(a.rstd, at.row)[at.head];
-    float sum = 0;
-    if (first < H) {
-      load(dx + first, dy), load(from + first, x);
-      add_products(sum, dy, x, a.w, first);
-    }
-    for (int64_t j = first + step; j < H; j += step) {
-      float later_dy[W], later_x[W];
-      load(dx + j, later_dy), load(from + j, later_x);
-      add_products(sum, later_dy, later_x, a.w, j);
-    }
-    const float c = group_sum(sum, lanes) / static_cast<float>(H) * rstd * rstd * rstd;
-    if (!exists) continue;
-    for (int k = 0; k < W; ++k) v[k] = 0;
-    if (first < H) store_grads(dx, sums, first, v, dy, x, rstd, c, a.w);
-    for (int64_t j = first + step; j < H; j += step) {
-      float later_dy[W], later_x[W], zeros[W] = {};
-      load(dx + j, later_dy), load(from + j, later_x);
-      store_grads(dx, sums, j, zeros, later_dy, later_x, rstd, c, a.w);
-    }
-  }
-  __syncthreads();
-  const float* all = reinterpret_cast<const float*>(dynamic);
-  for (int64_t j = threadIdx.x; j < H; j += 256) {
-    float total = 0;
-    for (int g = 0; g < groups; ++g) total += all[g * H + j];
-    static_cast<float*>(a.scratch)[blockIdx.x * H + j] = total;
-  }
-}
-
 unsigned threads_for(int64_t items) { return static_cast<unsigned>(items >= 512 ? 512 : items <= 32 ? 32 : (items + 31) / 32 * 32); }
-
-int lanes_for(int64_t vectors) {
-  int lanes = 1;
-  while (lanes < 32 && lanes < vectors) lanes *= 2;
-  return lanes;
-}
 
 }  // namespace
 
@@ -228,8 +201,9 @@ void rms_norm(const RmsNormArgs& a, Stream stream) {
   const int64_t n = a.x.columns;
   for_float_type(a.x.dtype, "rms_norm", [&](auto t) {
     using T = decltype(t);
-    if (vectors_fit<8>(n, {a.y, a.x, as_vector(a.w)}))
-      rms_norm_kernel<T, 8><<<static_cast<unsigned>(a.x.rows), threads_for((n / 8 + 3) / 4), 0, stream>>>(a);
+    constexpr int W = kVector<T>;
+    if (vectors_fit<W>(n, {a.y, a.x, as_vector(a.w)}))
+      rms_norm_kernel<T, W><<<static_cast<unsigned>(a.x.rows), threads_for((n / W + 3) / 4), 0, stream>>>(a);
     else
       rms_norm_kernel<T, 1><<<static_cast<unsigned>(a.x.rows), threads_for((n + 3) / 4), 0, stream>>>(a);
   });
@@ -239,50 +213,22 @@ void rms_norm(const RmsNormArgs& a, Stream stream) {
 void rms_norm_grad(const RmsNormGradArgs& a, Stream stream) {
   if (a.x.elements() == 0) return;
   const int64_t n = a.x.columns, blocks = column_sum_blocks(a.x.rows, n);
+  const unsigned grid = static_cast<unsigned>(blocks);
   const bool in_shared = n <= kSharedColumns - 64;
   const size_t bytes = in_shared ? static_cast<size_t>(n) * 4 : 0;
   for_float_type(a.x.dtype, "rms_norm_grad", [&](auto t) {
     using T = decltype(t);
-    if (vectors_fit<8>(n, {a.dx, a.dy, a.x, as_vector(a.w)}))
-      rms_norm_grad_kernel<T, 8><<<static_cast<unsigned>(blocks), threads_for((n / 8 + 1) / 2), bytes, stream>>>(a, in_shared);
+    constexpr int W = kVector<T>, V = 2;
+    const bool vectors = vectors_fit<W>(n, {a.dx, a.dy, a.x, as_vector(a.w)});
+    if (vectors && n <= 512 * V * W)
+      rms_norm_grad_rows_kernel<T, W, V><<<grid, threads_for((n / W + V - 1) / V), 0, stream>>>(a);
+    else if (vectors)
+      rms_norm_grad_kernel<T, W><<<grid, 512, bytes, stream>>>(a, in_shared);
     else
-      rms_norm_grad_kernel<T, 1><<<static_cast<unsigned>(blocks), threads_for((n + 1) / 2), bytes, stream>>>(a, in_shared);
+      rms_norm_grad_kernel<T, 1><<<grid, threads_for((n + 1) / 2), bytes, stream>>>(a, in_shared);
   });
   check_launch("rms_norm_grad");
   add_partial_rows("rms_norm_grad", a.dw.data, a.scratch, blocks, n, stream);
-}
-
-void head_norm(const HeadNormArgs& a, Stream stream) {
-  if (a.x.elements() == 0) return;
-  const int64_t H = a.head_size, heads = a.x.columns / H;
-  const bool vectors = vectors_fit<8>(H, {a.y, a.x, as_vector(a.w)});
-  const int lanes = lanes_for(vectors ? H / 8 : H);
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>((a.x.rows * heads * lanes + 255) / 256, 2112));
-  for_float_type(a.x.dtype, "head_norm", [&](auto t) {
-    using T = decltype(t);
-    if (vectors)
-      head_norm_kernel<T, 8><<<blocks, 256, 0, stream>>>(a, heads, lanes);
-    else
-      head_norm_kernel<T, 1><<<blocks, 256, 0, stream>>>(a, heads, lanes);
-  });
-  check_launch("head_norm");
-}
-
-void head_norm_grad(const HeadNormGradArgs& a, Stream stream) {
-  if (a.x.elements() == 0) return;
-  const int64_t H = a.head_size, heads = a.x.columns / H, blocks = column_sum_blocks(a.x.rows * heads, H);
-  const bool vectors = vectors_fit<8>(H, {a.dx, a.x, as_vector(a.w)});
-  const int lanes = lanes_for(vectors ? H / 8 : H);
-  const size_t bytes = static_cast<size_t>(256 / lanes * H) * 4;
-  for_float_type(a.x.dtype, "head_norm_grad", [&](auto t) {
-    using T = decltype(t);
-    if (vectors)
-      head_norm_grad_kernel<T, 8><<<static_cast<unsigned>(blocks), 256, bytes, stream>>>(a, heads, lanes);
-    else
-      head_norm_grad_kernel<T, 1><<<static_cast<unsigned>(blocks), 256, bytes, stream>>>(a, heads, lanes);
-  });
-  check_launch("head_norm_grad");
-  add_partial_rows("head_norm_grad", a.dw.data, a.scratch, blocks, H, stream);
 }
 
 }  // namespace uly::kernels

@@ -19,7 +19,7 @@ struct RmsNormGradArgs {
   void* scratch = nullptr;        // CUDA: column_sum_scratch_bytes(x.rows, x.columns)
 };
 
-// x_snH: rows of n heads, n = columns / H. y may be x. H <= 1024.
+// On CPU only; CUDA has norm_rope. x_snH: rows of n heads, n = columns / H. y may be x.
 struct HeadNormArgs {
   Matrix y, rstd, x, w;  // activation | fp32 sxn | activation | weight H
   int64_t head_size = 0;
@@ -29,13 +29,10 @@ struct HeadNormArgs {
 struct HeadNormGradArgs {
   Matrix dx, dw, x, rstd, w;  // activation: dy in, dx out | fp32 H, += | activation | fp32 sxn | weight H
   int64_t head_size = 0;
-  void* scratch = nullptr;  // CUDA: column_sum_scratch_bytes(rows * n, H)
 };
 
 void rms_norm(const RmsNormArgs& a, Stream stream);
 void rms_norm_grad(const RmsNormGradArgs& a, Stream stream);
-void head_norm(const HeadNormArgs& a, Stream stream);
-void head_norm_grad(const HeadNormGradArgs& a, Stream stream);
 
 namespace cpu {
 

@@ -1,7 +1,9 @@
 // AdamW on a piece of a rank's shard, and the squared norm that clipping needs.
 #pragma once
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 
 #include "kernels/bf16.h"
 #include "kernels/matrix.h"
@@ -18,18 +20,39 @@ struct SquaredNormArgs {
   void* scratch = nullptr;  // kNormScratchBytes, on CPU too
 };
 
+// An fp32 number as the nearest bf16 and what is missing: bits = (weight << 16) + low. Halfway goes away from zero, so
+// low is in [-32768, 32767]. Rounding to nearest even would need 65,537 values: halfway that went down leaves +32768,
+// halfway that went up -32768. Exact for all but NaN, which becomes another NaN; of numbers that are not halfway the
+// weight is what to_bf16 gives.
+struct SplitFloat {
+  uint16_t weight;
+  int16_t low;
+};
+
+ULY_HOST_DEVICE SplitFloat split(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u), 0};
+  return {static_cast<uint16_t>((bits + 0x8000u) >> 16), static_cast<int16_t>(static_cast<uint16_t>(bits))};
+}
+
+ULY_HOST_DEVICE float join(uint16_t weight, int16_t low) {
+  return std::bit_cast<float>((static_cast<uint32_t>(weight) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
+}
+
 // Clips by min(1, clip / (sqrt(*squared_norm) + 1e-6)), or not at all where squared_norm is null or clip <= 0; updates
-// master and moments, writes the weight (rounded to nearest even; it may be master) and zeroes the gradient. Bits are the
-// same on CPU and GPU.
+// master and moments, writes the weight (rounded to nearest even; it may be master) and zeroes the gradient. Where
+// *squared_norm or *loss is not finite, nothing changes, the gradient neither. Bits are the same on CPU and GPU.
 struct AdamwArgs {
   void* weight = nullptr;
   Dtype weight_dtype = Dtype::kF32;  // kF32 or kBf16
   float* master = nullptr;
+  int16_t* low = nullptr;  // instead of master, of a kBf16 weight: the master is join(weight, low)
   float* m = nullptr;
   float* v = nullptr;
   float* gradient = nullptr;
   int64_t count = 0;
   const double* squared_norm = nullptr;
+  const double* loss = nullptr;  // may be null
   double clip = 0;
   double learning_rate = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
   int64_t step = 1;  // 1 at the first update
@@ -81,6 +104,11 @@ ULY_HOST_DEVICE float plus(float a, float b) { return a + b; }
 ULY_HOST_DEVICE float over(float a, float b) { return a / b; }
 ULY_HOST_DEVICE float root(float a) { return __builtin_sqrtf(a); }
 #endif
+
+ULY_HOST_DEVICE bool finite(const double* x) {
+  constexpr uint64_t kExponent = uint64_t{0x7ff} << 52;
+  return x == nullptr || (std::bit_cast<uint64_t>(*x) & kExponent) != kExponent;
+}
 
 ULY_HOST_DEVICE float clip_coefficient(const double* squared_norm, double clip) {
   if (squared_norm == nullptr || clip <= 0) return 1.0f;

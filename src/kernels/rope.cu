@@ -11,8 +11,10 @@ struct Table {
   __device__ void run(int64_t row, int64_t i) const {
     const float angle = static_cast<float>(*row_of<int64_t>(a.positions, row)) * a.inv_freq[i];
     float* out = row_of<float>(a.table, row);
-    out[i] = cosf(angle) * a.scaling;
-    out[a.table.columns / 2 + i] = sinf(angle) * a.scaling;
+    float sine, cosine;
+    sincosf(angle, &sine, &cosine);
+    out[i] = cosine * a.scaling;
+    out[a.table.columns / 2 + i] = sine * a.scaling;
   }
 };
 

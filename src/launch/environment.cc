@@ -6,7 +6,6 @@
 #include <charconv>
 #include <cstdlib>
 #include <filesystem>
-#include <set>
 #include <string_view>
 
 #include "base/check.h"
@@ -15,13 +14,6 @@ namespace uly::launch {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::optional<int64_t> whole_number(std::string_view text) {
-  int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (text.empty() || error != std::errc() || end != text.data() + text.size()) return std::nullopt;
-  return value;
-}
 
 int64_t number(const std::string& name, std::optional<int64_t> fallback, int64_t least, int64_t most) {
   const std::optional<std::string> text = variable(name);
@@ -33,19 +25,6 @@ int64_t number(const std::string& name, std::optional<int64_t> fallback, int64_t
   ULY_USER_CHECK(value && *value >= least && *value <= most, "environment variable {}: expected a whole number from {} to {}, found '{}'", name, least, most,
                  *text);
   return *value;
-}
-
-int64_t gpus_in_machine() {
-  std::error_code error;
-  int64_t files = 0, entries = 0;
-  for (const auto& entry : fs::directory_iterator("/dev", error)) {
-    const std::string name = entry.path().filename();
-    if (name.starts_with("nvidia") && whole_number(std::string_view(name).substr(6))) ++files;
-  }
-  if (files > 0) return files;
-  // Device files appear only with the first use of the driver.
-  for ([[maybe_unused]] const auto& entry : fs::directory_iterator("/proc/driver/nvidia/gpus", error)) ++entries;
-  return entries;
 }
 
 // As Python's os.path.expanduser and expandvars: what is not known stays as it is.
@@ -85,6 +64,13 @@ std::optional<std::string> variable(const std::string& name) {
   return value ? std::optional<std::string>(value) : std::nullopt;
 }
 
+std::optional<int64_t> whole_number(std::string_view text) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (text.empty() || error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
 std::optional<Place> place_in_job() {
   if (variable("RANK").value_or("").empty() || variable("WORLD_SIZE").value_or("").empty()) return std::nullopt;
   constexpr int64_t kMany = 1 << 20;
@@ -98,30 +84,6 @@ std::optional<Place> place_in_job() {
   place.master_address = variable("MASTER_ADDR").value_or("");
   ULY_USER_CHECK(!place.master_address.empty(), "environment variable MASTER_ADDR: expected a host, as RANK and WORLD_SIZE are set; found nothing");
   return place;
-}
-
-int64_t count_visible(const std::string& value, int64_t in_machine) {
-  std::set<std::string> seen;
-  for (size_t at = 0; at <= value.size();) {
-    const size_t comma = std::min(value.find(',', at), value.size());
-    std::string entry = value.substr(at, comma - at);
-    entry.erase(0, entry.find_first_not_of(' '));
-    entry.erase(entry.find_last_not_of(' ') + 1);
-    const std::optional<int64_t> index = whole_number(entry);
-    const bool exists = index ? *index >= 0 && *index < in_machine : in_machine > 0 && (entry.starts_with("GPU-") || entry.starts_with("MIG-"));
-    if (!exists) break;
-    if (!seen.insert(entry).second) return 0;
-    at = comma + 1;
-  }
-  return static_cast<int64_t>(seen.size());
-}
-
-Gpus visible_gpus() {
-  Gpus gpus;
-  gpus.in_machine = gpus_in_machine();
-  gpus.variable = variable("CUDA_VISIBLE_DEVICES");
-  gpus.visible = gpus.variable ? count_visible(*gpus.variable, gpus.in_machine) : gpus.in_machine;
-  return gpus;
 }
 
 std::string hub_cache_folder() {

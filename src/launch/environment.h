@@ -1,15 +1,19 @@
-// What the environment says: ranks, GPUs, Hugging Face's folders. Read here and passed on as values.
+// What the environment says: ranks, Hugging Face's folders. Read here and passed on as values.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace uly::launch {
 
 // A variable's value; nothing where it is not set. Set to nothing is a value: "".
 std::optional<std::string> variable(const std::string& name);
+
+// A text that is a whole number and nothing else.
+std::optional<int64_t> whole_number(std::string_view text);
 
 // This process's place in a job that somebody else has started.
 struct Place {
@@ -22,19 +26,6 @@ struct Place {
 // Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT; nothing unless RANK and WORLD_SIZE are
 // both set. Throws UserError naming the variable that is no number, out of range, or missing.
 std::optional<Place> place_in_job();
-
-struct Gpus {
-  int64_t in_machine = 0;
-  int64_t visible = 0;
-  std::optional<std::string> variable;  // CUDA_VISIBLE_DEVICES, where it is set
-};
-
-// Counts without CUDA: the driver's device files, filtered by CUDA_VISIBLE_DEVICES.
-Gpus visible_gpus();
-
-// How many of `in_machine` GPUs a CUDA_VISIBLE_DEVICES of this value shows. Like CUDA: numbers or UUIDs, and the list
-// ends at the first entry that is neither or that does not exist; a GPU named twice hides all.
-int64_t count_visible(const std::string& value, int64_t in_machine);
 
 // The folder where huggingface_hub keeps repositories: HF_HUB_CACHE, else HUGGINGFACE_HUB_CACHE, else HF_HOME/hub, else
 // XDG_CACHE_HOME/huggingface/hub, else ~/.cache/huggingface/hub. `~` and $VARIABLES are expanded as it does.

@@ -19,6 +19,7 @@
 #include "base/log.h"
 #include "launch/child.h"
 #include "launch/environment.h"
+#include "launch/gpus.h"
 
 namespace uly::launch {
 namespace {
@@ -153,6 +154,7 @@ void Watch::start(int64_t rank, int port) {
                                           {"MASTER_ADDR", "127.0.0.1"},
                                           {"MASTER_PORT", std::to_string(port)},
                                           {"OMP_NUM_THREADS", threads},
+                                          {"CUDA_DEVICE_ORDER", cuda_device_order()},
                                           {"TORCHELASTIC_USE_AGENT_STORE", std::nullopt}});
   Rank r;
   r.rank = rank;

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "ops/attention.h"
 #include "ops/buffer.h"
 
 namespace uly::ops {
@@ -27,20 +28,13 @@ struct Event {
 
 // The batch's tensors that the program reads; they lie in buffers that the engine fills before the program runs.
 enum class Input : uint8_t { kIds_s, kLabels_s, kPositions_s };
+inline constexpr int kNumInputs = 3;
 
 // Columns [first, first + count) of a matrix; a rank's block in an exchange is a list of them.
 struct Columns {
   int64_t first = 0, count = 0;
 };
 using ColumnBlocks = std::vector<std::vector<Columns>>;  // one list a rank of the sequence group
-
-// The heads this rank attends with: local query head i is global head first_head + i and belongs to key-value head
-// (first_head + i) / G, which is local key-value head (first_head + i) / G - first_head / G.
-struct Heads {
-  int64_t n = 0, k = 0, H = 0;
-  int64_t G = 1;            // query heads per key-value head, N / K
-  int64_t first_head = 0;
-};
 
 // A contiguous piece of a rank's shard of one unit with one rule for weight decay.
 struct UpdateRange {
@@ -72,15 +66,17 @@ class Ops {
   // --- norms and rope
   virtual void rms_norm(Buffer y_sD, Buffer rstd_s, Buffer x_sD, Buffer w_D, double eps) = 0;
   virtual void rms_norm_grad(Buffer dx_sD, Buffer dw_D, Buffer dy_sD, Buffer x_sD, Buffer rstd_s, Buffer w_D) = 0;   // dx +=, dw +=
-  // Norm over each head of H columns, in place; rstd has a column a head (saved for the gradient).
-  virtual void head_norm(Buffer y_snH, Buffer rstd_sn, Buffer x_snH, Buffer w_H, double eps) = 0;   // y may be x
-  virtual void head_norm_grad(Buffer dx_snH, Buffer dw_H, Buffer x_snH, Buffer rstd_sn, Buffer w_H) = 0;  // dx: dy in, dx out; dw +=
+  // Norm over each head of H columns, then rope, in place; rstd has a column a head. raw, where it exists, gets x as it
+  // was: the gradient needs both.
+  virtual void norm_rope(Buffer x_snH, Buffer raw_snH, Buffer rstd_sn, Buffer w_H, Buffer table_sH, double eps) = 0;
+  virtual void norm_rope_grad(Buffer dx_snH, Buffer dw_H, Buffer raw_snH, Buffer rstd_sn, Buffer w_H, Buffer table_sH) = 0;  // dx: dy in, dx out; dw +=
   virtual void rope_table(Buffer table_sH) = 0;                                 // cos | sin, H/2 columns each, from positions
   virtual void rope(Buffer x_snH, Buffer table_sH, int direction) = 0;          // in place; -1 rotates back: the gradient
 
   // --- attention over this rank's heads of the whole sequence; documents are data. qkv_S: columns q nH | k kH | v kH.
-  virtual void attention(Buffer o_SnH, Buffer lse_Sn, Buffer qkv_S, const Heads& heads) = 0;
-  virtual void attention_grad(Buffer dqkv_S, Buffer do_SnH, Buffer qkv_S, Buffer o_SnH, Buffer lse_Sn, const Heads& heads) = 0;
+  // The layout within lse_Sn is the engine's own. `workspace`: of ops/attention.h's size; no buffer on the CPU.
+  virtual void attention(Buffer o_SnH, Buffer lse_Sn, Buffer qkv_S, Buffer workspace, const Heads& heads, const AttentionSchedule& schedule) = 0;
+  virtual void attention_grad(Buffer dqkv_S, Buffer do_SnH, Buffer qkv_S, Buffer o_SnH, Buffer lse_Sn, Buffer workspace, const Heads& heads, const AttentionSchedule& schedule) = 0;
 
   // --- MLP and loss, a tile at a time
   virtual void swiglu(Buffer a_tF, Buffer gate_up_t2F) = 0;                     // a = silu(gate) * up
@@ -103,9 +99,10 @@ class Ops {
 
   // --- optimizer, on shards
   virtual void squared_norm(Buffer total_1, Buffer x) = 0;                      // total (fp64) += sum of squares
-  // Clips by the batch-wide norm (total_1 holds its square), updates master and moments, writes the weight, and empties
-  // the gradient. weight may be master (fp32 training).
-  virtual void adamw(Buffer weight, Buffer master, Buffer m, Buffer v, Buffer gradient, Buffer total_1, const UpdateRange& range) = 0;
+  // Clips by the batch-wide norm (norm_1 holds its square), updates master and moments, writes the weight, and empties
+  // the gradient; does nothing at all where norm or loss is not finite. weight may be master (fp32 training); a master of
+  // 16 bits (i16) is what the bf16 weight lacks of it.
+  virtual void adamw(Buffer weight, Buffer master, Buffer m, Buffer v, Buffer gradient, Buffer norm_1, Buffer loss_1, const UpdateRange& range) = 0;
 };
 
 // A buffer with a life: C++ scope is the buffer's life, so that lifetimes are read off the braces.

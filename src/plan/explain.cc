@@ -26,7 +26,8 @@ class Writer {
   void sequence(const std::optional<DataFacts>& facts, const data::Selection& selection);
   void heads();
   void tiles();
-  void memory();
+  void memory(const Machine& machine);
+  void attention();
   void batch();
   void optimizer();
   void offload(const Machine& machine);
@@ -96,12 +97,31 @@ void Writer::tiles() {
   facts()["kept_layers"] = {{"input", input}, {"projections", projections}, {"all", all}};
 }
 
-void Writer::memory() {
+void Writer::attention() {
+  const ops::AttentionSchedule& a = plan_.options.attention;
+  if (a.backend == ops::AttentionBackend::kCpu) return;
+  const int64_t S = plan_.options.S();
+  std::string text = a.backend == ops::AttentionBackend::kCudnn ? "cuDNN" : "ATen's flash attention (slower than cuDNN on Hopper and newer; allocates its results besides)";
+  if (a.backend == ops::AttentionBackend::kCudnn) {
+    if (S > a.forward_block) text += fmt::format("; forward in blocks of {} tokens", format_count(a.forward_block));
+    if (a.backward_queries > 0 && S > a.backward_queries) text += fmt::format("; backward in blocks of {} x {}", format_count(a.backward_queries), format_count(a.backward_keys));
+    if (a.kv_heads_at_once < spec_.K) text += fmt::format("; {} key-value head{} at a time", a.kv_heads_at_once, a.kv_heads_at_once == 1 ? "" : "s");
+  }
+  if (a.deterministic) text += "; deterministic: sums in a fixed order, the backward about a tenth slower";
+  line("attention", "{}", text);
+  plan_.facts["attention"] = {{"backend", a.backend == ops::AttentionBackend::kCudnn ? "cudnn" : "flash"}, {"kv_heads_at_once", std::min(a.kv_heads_at_once, spec_.K)}, {"forward_block", a.forward_block},
+                              {"backward_queries", a.backward_queries}, {"backward_keys", a.backward_keys}, {"deterministic", a.deterministic}};
+}
+
+void Writer::memory(const Machine& machine) {
   const Price& p = plan_.price;
-  const int64_t total = p.run_bytes + p.step_places.arena_bytes;
+  const int64_t total = total_bytes(plan_);
   Json kinds = Json::object();
-  line("memory", "{} for {}: {} between steps + {} within one, most at {}", format_bytes(total), plan_.mesh.W == 1 ? "the one rank" : "each rank", format_bytes(p.run_bytes),
-       format_bytes(p.step_places.arena_bytes), p.peak_where);
+  const std::string besides = plan_.besides_bytes > 0 ? fmt::format(" + {} for libraries", format_bytes(plan_.besides_bytes)) : "";
+  line("memory", "{} for {}: {} between steps + {} within one, most at {}{}", format_bytes(total), plan_.mesh.W == 1 ? "the one rank" : "each rank", format_bytes(p.run_bytes),
+       format_bytes(p.step_places.arena_bytes), p.peak_where, besides);
+  if (!machine.gpu_words.empty()) line("", "of {}: {} free", machine.gpu_words, format_bytes(machine.gpu_free_bytes));
+  if (!machine.gpu_foreign_words.empty()) line("", "{}", machine.gpu_foreign_words);
   for (int k = 0; k < ops::kNumKinds; ++k) {
     const size_t i = static_cast<size_t>(k);
     const int64_t bytes = p.run_by_kind[i] + p.peak_by_kind[i];
@@ -109,7 +129,7 @@ void Writer::memory() {
     kinds[name] = bytes;
     if (bytes > 0) line("", "  {:<20} {:>12}", name, format_bytes(bytes));
   }
-  facts()["bytes"] = {{"between_steps", p.run_bytes}, {"within_step", p.step_places.arena_bytes}, {"alive_at_peak", p.peak_bytes}, {"peak_where", p.peak_where}, {"by_kind", kinds}, {"total", total}, {"budget", plan_.budget_bytes}};
+  facts()["bytes"] = {{"between_steps", p.run_bytes}, {"within_step", p.step_places.arena_bytes}, {"libraries", plan_.besides_bytes}, {"alive_at_peak", p.peak_bytes}, {"peak_where", p.peak_where}, {"by_kind", kinds}, {"total", total}, {"budget", plan_.budget_bytes}};
   facts()["arithmetic"] = {{"gemm_flops", p.gemm_flops}, {"attention_flops", p.attention_flops}, {"exchanged_bytes", p.exchanged_bytes}, {"gathered_bytes", p.gathered_bytes}, {"scattered_bytes", p.scattered_bytes}};
   facts()["fits"] = plan_.fits;
   if (!plan_.fits) line("", "will not fit: {}", plan_.why_not);
@@ -134,9 +154,9 @@ void Writer::batch() {
 }
 
 void Writer::optimizer() {
-  line("optimizer", "AdamW, learning rate {:g} ({}, warm-up {:g} %), weight decay {:g}, clipping {}; fp32 master weights and moments, gradients summed in fp32, {} on the wire", r_.optimizer.learning_rate,
+  line("optimizer", "AdamW, learning rate {:g} ({}, warm-up {:g} %), weight decay {:g}, clipping {}; {} and fp32 moments, gradients summed in fp32, {} on the wire", r_.optimizer.learning_rate,
        r_.scheduler.name, r_.scheduler.warmup_ratio * 100, r_.optimizer.weight_decay, r_.deepspeed.gradient_clipping > 0 ? fmt::format("{:g}", r_.deepspeed.gradient_clipping) : "off",
-       r_.deepspeed.wire_dtype == Dtype::kBf16 ? "bf16" : "fp32");
+       plan_.options.split_master ? "master weights split into bf16 and 16 bits" : "fp32 master weights", r_.deepspeed.wire_dtype == Dtype::kBf16 ? "bf16" : "fp32");
   line("loss", "{}", r_.loss_reduction == recipe::LossReduction::kToken ? "mean over all trained tokens of a step, on every rank, replica and micro-batch" : "mean over micro-batches of the mean over their trained tokens");
 }
 
@@ -181,7 +201,8 @@ void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, cons
   w.sequence(facts, selection);
   w.heads();
   w.tiles();
-  w.memory();
+  w.attention();
+  w.memory(machine);
   w.batch();
   w.optimizer();
   w.notes();

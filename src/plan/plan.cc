@@ -35,11 +35,36 @@ step::Mesh make_mesh(const recipe::Recipe& r, const models::Spec& spec, int64_t 
   return {.W = world, .P = P, .rank = 0};
 }
 
+// What CUDA, cuBLAS, cuDNN and this program's own kernels take of a GPU by being loaded (bench/results/planner.jsonl).
+constexpr int64_t kLibraryBytes = 640 * kMiB;
+
 // Bytes one rank may use: memory.device of the recipe, or an equal part of what the machine has free.
 int64_t budget(const recipe::Recipe& r, const Machine& machine, int64_t world) {
   if (r.memory_device_bytes > 0) return r.memory_device_bytes;
-  if (machine.cuda || machine.memory_bytes == 0) return 0;  // the GPU's memory is not known to this wing
+  if (machine.cuda) return machine.gpu_free_bytes / machine.gpu_ranks;  // 0 where it is not known
   return machine.memory_bytes / world;
+}
+
+// How a GPU computes attention over S tokens with the heads of the rank that has most.
+ops::AttentionSchedule attention_schedule(const recipe::Recipe& r, const Machine& machine, const ops::Heads& heads, int64_t S) {
+  ops::AttentionSchedule s;
+  if (!machine.cuda) return s;
+  const bool fast = machine.gpu_major == 0 || machine.gpu_major >= 9;
+  s.backend = r.attention == "flash" || (r.attention == "auto" && !fast) ? ops::AttentionBackend::kFlash : ops::AttentionBackend::kCudnn;
+  s.deterministic = r.deterministic;
+  s.forward_block = 32768;
+  if (s.backend == ops::AttentionBackend::kFlash) return s;
+  constexpr int64_t kOften = int64_t{1} << 30, kMost = int64_t{6} << 30;  // of workspace
+  constexpr int64_t kOrderedBlock = 8192, kOrderedHeads = 8, kBlock = 262144;
+  if (s.deterministic) {
+    s.backward_queries = s.backward_keys = kOrderedBlock;
+    s.kv_heads_at_once = std::max<int64_t>(1, kOrderedHeads / heads.G);
+    return s;
+  }
+  for (s.kv_heads_at_once = std::max<int64_t>(1, heads.k); s.kv_heads_at_once > 1; s.kv_heads_at_once = (s.kv_heads_at_once + 1) / 2)
+    if (ops::attention_grad_workspace_bytes(s, heads, S) <= kOften + kOften / 16) break;
+  if (ops::attention_grad_workspace_bytes(s, heads, S) > kMost) s.backward_queries = s.backward_keys = kBlock;
+  return s;
 }
 
 // Tokens of the longest micro-batch: the longest samples that could come together.
@@ -55,12 +80,11 @@ int64_t longest_micro_batch(const recipe::Recipe& r, int64_t max_length, const d
 // Reads all programs of a step.
 void read_step(Priced& priced, const step::Model& model, const step::Options& options) {
   const step::States states = step::make_states(priced, model.units, options);
+  step::begin(priced, states);
   step::micro_step(priced, model, options, states);
   step::finish_gradients(priced, options, states);
-  step::update(priced, model, options, states);
+  if (options.optimizer) step::update(priced, model, options, states);
 }
-
-int64_t total_bytes(const Price& p) { return p.run_bytes + p.step_places.arena_bytes; }
 
 // Prices the step on the rank to which it costs most: those with the same heads are alike.
 void price_costliest(const step::Model& model, Plan& plan) {
@@ -72,25 +96,30 @@ void price_costliest(const step::Model& model, Plan& plan) {
     step::Options o = plan.options;
     o.mesh.rank = p;
     Price price = price_step(model, o);
-    if (total_bytes(price) > total_bytes(plan.price)) plan.price = std::move(price);
+    if (price.run_bytes + price.step_places.arena_bytes > plan.price.run_bytes + plan.price.step_places.arena_bytes) plan.price = std::move(price);
   }
 }
 
 // Keeps as much as fits: everything in as many layers as possible, then projections, then inputs only.
-void choose_kept(const step::Model& model, Plan& plan) {
+//
+// On the CPU up to four fifths of the budget, by what is alive at once: the machine's other work and ATen need the rest. On
+// a GPU all but a hundredth, by where the buffers lie: there nobody else comes, and what is not kept costs time.
+void choose_kept(const step::Model& model, Plan& plan, bool cuda) {
   const size_t L = static_cast<size_t>(model.spec.L);
-  const double limit = 0.8 * static_cast<double>(plan.budget_bytes);
+  const double limit = (cuda ? 0.99 : 0.8) * static_cast<double>(plan.budget_bytes);
   const auto keep = [&](size_t all, size_t projections) {
     plan.options.keep.assign(L, step::Keep::kInput);
     std::fill_n(plan.options.keep.begin(), projections, step::Keep::kProjections);
     std::fill_n(plan.options.keep.begin(), all, step::Keep::kAll);
   };
-  // By what is alive at once: placing the buffers costs more time and adds little.
   const auto fits = [&](size_t all, size_t projections) {
     keep(all, projections);
-    Priced priced({plan.mesh.P, plan.mesh.W}, plan.options.s);
+    Priced priced({plan.mesh.P, plan.mesh.W}, plan.options.s, ops::document_table_bytes(plan.options.attention, plan.options.S()));
     read_step(priced, model, plan.options);
-    return static_cast<double>(priced.peak()) <= limit;
+    const double alive = static_cast<double>(priced.peak() + plan.besides_bytes);
+    if (alive > limit || !cuda) return alive <= limit;
+    const Price price = priced.price();
+    return static_cast<double>(price.run_bytes + price.step_places.arena_bytes + plan.besides_bytes) <= limit;
   };
   const auto most = [&](auto fits_with) {  // the largest n <= L with fits_with(n), which is monotonic
     size_t low = 0, high = L;
@@ -110,14 +139,13 @@ void choose_kept(const step::Model& model, Plan& plan) {
   }
   keep(all, projections);
   price_costliest(model, plan);
-  if (plan.budget_bytes == 0 || total_bytes(plan.price) <= plan.budget_bytes) return;
-  plan.fits = false;
-  plan.why_not = fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; lower data.max_length or use more ranks",
-                             format_bytes(total_bytes(plan.price)), format_bytes(plan.budget_bytes), format_bytes(plan.price.run_bytes), format_bytes(plan.price.step_places.arena_bytes));
+  plan.fits = plan.budget_bytes == 0 || total_bytes(plan) <= plan.budget_bytes;
 }
 
 std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Plan& plan) {
   std::string text = r.normalized.dump() + spec.config.dump() + fmt::format("|{}|{}|{}|{}|{}", plan.mesh.W, plan.planned_length, plan.options.mlp_tile, plan.options.loss_tile, plan.num_samples);
+  const ops::AttentionSchedule& a = plan.options.attention;
+  text += fmt::format("|{}|{}|{}|{}", static_cast<int>(a.backend), a.kv_heads_at_once, a.backward_queries, a.backward_keys);
   for (const step::Keep k : plan.options.keep) text += static_cast<char>('0' + static_cast<int>(k));
   const XXH128_hash_t h = XXH3_128bits(text.data(), text.size());
   return fmt::format("{:016x}{:016x}", h.high64, h.low64);
@@ -126,7 +154,7 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
 }  // namespace
 
 Price price_step(const step::Model& model, const step::Options& options) {
-  Priced priced({options.mesh.P, options.mesh.W}, options.s);
+  Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()));
   read_step(priced, model, options);
   return priced.price();
 }
@@ -156,6 +184,49 @@ Steps count_steps(const recipe::Recipe& r, int64_t R, int64_t num_samples) {
   return s;
 }
 
+void choose(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
+  step::Options& o = plan.options;
+  o.mesh = plan.mesh;
+  o.dtype = r.model.dtype;
+  o.wire = r.deepspeed.wire_dtype;
+  o.exchange = r.attention_scope == "sequence";
+  o.s = plan.planned_length / plan.mesh.P;
+  const int64_t element = bytes_of(o.dtype);
+  o.mlp_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), 4 * spec.F * element, o.s);
+  o.loss_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), spec.V * element, o.s);
+
+  o.split_master = r.master_weights == "split" && o.dtype == Dtype::kBf16;
+  ops::Heads most;
+  for (int64_t p = 0; p < o.exchange_ranks(); ++p)
+    if (const ops::Heads h = step::heads_of_rank(spec, o.exchange_ranks(), p); h.n > most.n) most = h;
+  o.attention = attention_schedule(r, machine, most, o.S());
+
+  const step::Model model(spec);
+  plan.budget_bytes = budget(r, machine, world);
+  if (machine.cuda) plan.besides_bytes = kLibraryBytes + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(std::max(spec.D, 2 * spec.F));
+  choose_kept(model, plan, machine.cuda);
+}
+
+int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes) {
+  recipe::Recipe shorter = r;
+  shorter.memory_device_bytes = budget_bytes;
+  const auto fits = [&](int64_t thousand_tokens) {
+    shorter.data.max_length = thousand_tokens * 1024;
+    Plan plan;
+    plan.mesh = make_mesh(shorter, spec, world);
+    plan.planned_length = padded_length(shorter, shorter.data.max_length, plan.mesh.P, shorter.micro_batch_size * shorter.data.max_length);
+    choose(plan, shorter, spec, machine, world);
+    return plan.fits;
+  };
+  int64_t low = 0, high = 65536;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (fits(middle)) low = middle;
+    else high = middle - 1;
+  }
+  return low * 1024;
+}
+
 Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, const std::optional<DataFacts>& facts) {
   Plan plan;
   plan.mesh = make_mesh(r, spec, world);
@@ -180,19 +251,13 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
   }
 
   plan.planned_length = padded_length(r, plan.max_length, plan.mesh.P, longest_micro_batch(r, plan.max_length, file ? &*file : nullptr, selection));
-  step::Options& o = plan.options;
-  o.mesh = plan.mesh;
-  o.dtype = r.model.dtype;
-  o.wire = r.deepspeed.wire_dtype;
-  o.exchange = r.attention_scope == "sequence";
-  o.s = plan.planned_length / plan.mesh.P;
-  const int64_t element = bytes_of(o.dtype);
-  o.mlp_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), 4 * spec.F * element, o.s);
-  o.loss_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), spec.V * element, o.s);
-
-  const step::Model model(spec);
-  plan.budget_bytes = budget(r, machine, world);
-  choose_kept(model, plan);
+  choose(plan, r, spec, machine, world);
+  if (!plan.fits) {
+    const int64_t longest = longest_that_fits(r, spec, machine, world, plan.budget_bytes);
+    plan.why_not = fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; {}", format_bytes(total_bytes(plan)), format_bytes(plan.budget_bytes), format_bytes(plan.price.run_bytes),
+                               format_bytes(plan.price.step_places.arena_bytes),
+                               longest > 0 ? fmt::format("the longest that fits is data.max_length={}; or use more ranks", longest) : "not even 1,024 tokens fit: use more ranks or a smaller model");
+  }
   plan.hash = hash_of(r, spec, plan);
   explain(plan, r, spec, machine, facts, selection);
   return plan;

@@ -19,10 +19,19 @@ struct Machine {
   int64_t gpus = 0;           // visible
   int64_t cores = 1;
   int64_t memory_bytes = 0;   // what all local ranks may use together: free memory of the host, or of the control group
-  std::string words;          // "2 cores, 23.0 GiB"
+  std::string words;          // "2 cores, 23.0 GiB of memory free"
+
+  // Of the GPUs that this machine's ranks use, where cuda: "", 0 where that is not known. Filled in by cli from launch.
+  std::string gpu_name;
+  int64_t gpu_total_bytes = 0, gpu_free_bytes = 0;  // of one GPU: the least that any has
+  int gpu_major = 0, gpu_minor = 0;                 // the oldest's compute capability
+  int64_t gpu_ranks = 1;                            // ranks on one GPU; above 1 only with ULYSSES_SHARE_GPU
+  int64_t gpu_foreign_bytes = 0, gpu_foreign_pid = 0;  // on the GPU that has least free: what other processes hold, the largest of them
+  std::string gpu_words;                            // "2 x NVIDIA H200, 139.8 GiB each"
+  std::string gpu_foreign_words;                    // "GPU 0: 5.8 GiB belong to process 4411"; "" where they are ours alone
 };
 
-// Reads /proc and the control group. `gpus` comes from launch.
+// Reads /proc and the control group; says nothing of what a GPU has. `gpus` comes from launch.
 Machine this_machine(bool cuda, int64_t gpus);
 
 // What preparing the data has found out; absent before.
@@ -41,6 +50,7 @@ struct Plan {
   int64_t planned_length = 0; // tokens of the longest micro-batch that can occur, padded: what is priced
   step::Options options;      // for planned_length
   Price price;                // of the costliest rank
+  int64_t besides_bytes = 0;  // on a GPU: libraries and their workspace, beside what the program has
   int64_t budget_bytes = 0;   // for one rank; 0 where the machine is not known
   bool fits = true;
   std::string why_not;        // a sentence, where it does not fit
@@ -57,8 +67,17 @@ Plan make(const recipe::Recipe& recipe, const models::Spec& spec, const Machine&
 // Options for a micro-batch whose padded length is S, on the given rank, with the plan's choices.
 step::Options options_for(const Plan& plan, int64_t rank, int64_t S);
 
+// Fills options, price and whether it fits, for plan.mesh and plan.planned_length: what make() does at its heart.
+void choose(Plan& plan, const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world);
+
 // Prices the programs of one rank.
 Price price_step(const step::Model& model, const step::Options& options);
+
+// Bytes of a plan on one device, in all.
+inline int64_t total_bytes(const Plan& p) { return p.price.run_bytes + p.price.step_places.arena_bytes + p.besides_bytes; }
+
+// The longest data.max_length that fits into `budget_bytes` for one rank, all else as the plan has it; 0 if none does.
+int64_t longest_that_fits(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes);
 
 // Padded length of a micro-batch of `tokens`: to div_length (or max_length) and to a multiple of P.
 int64_t padded_length(const recipe::Recipe& recipe, int64_t max_length, int64_t P, int64_t tokens);

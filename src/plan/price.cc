@@ -41,8 +41,9 @@ Places place(const std::vector<Lifetime>& lives) {
   return places;
 }
 
-Priced::Priced(const std::array<int64_t, 2>& group_sizes, int64_t s) : group_sizes_(group_sizes) {
+Priced::Priced(const std::array<int64_t, 2>& group_sizes, int64_t s, int64_t document_table_bytes) : group_sizes_(group_sizes) {
   for (Buffer& b : inputs_) b = make(s, 1, Dtype::kI64, ops::Kind::kInputs, "token ids, labels, positions", ops::Life::kStep, ops::Tier::kDevice);
+  if (document_table_bytes > 0) make(1, document_table_bytes, Dtype::kU8, ops::Kind::kInputs, "table of documents", ops::Life::kStep, ops::Tier::kDevice);
 }
 
 Price Priced::price() const {
@@ -99,11 +100,11 @@ void Priced::moved(std::initializer_list<Buffer> buffers) {
   for (const Buffer& b : buffers) price_.moved_bytes += static_cast<double>(b.bytes());
 }
 
-void Priced::attention(Buffer o_SnH, Buffer, Buffer, const ops::Heads&) {
+void Priced::attention(Buffer o_SnH, Buffer, Buffer, Buffer, const ops::Heads&, const ops::AttentionSchedule&) {
   price_.attention_flops += 2.0 * static_cast<double>(o_SnH.rows) * static_cast<double>(o_SnH.rows) * static_cast<double>(o_SnH.columns);
 }
 
-void Priced::attention_grad(Buffer, Buffer do_SnH, Buffer, Buffer, Buffer, const ops::Heads&) {
+void Priced::attention_grad(Buffer, Buffer do_SnH, Buffer, Buffer, Buffer, Buffer, const ops::Heads&, const ops::AttentionSchedule&) {
   price_.attention_flops += 5.0 * static_cast<double>(do_SnH.rows) * static_cast<double>(do_SnH.rows) * static_cast<double>(do_SnH.columns);
 }
 
@@ -126,6 +127,6 @@ ops::Event Priced::scatter(Buffer received, Buffer, ops::Group group) {
   return {};
 }
 
-void Priced::adamw(Buffer, Buffer, Buffer, Buffer, Buffer, Buffer, const ops::UpdateRange& range) { price_.moved_bytes += 28.0 * static_cast<double>(range.count); }
+void Priced::adamw(Buffer, Buffer, Buffer, Buffer, Buffer, Buffer, Buffer, const ops::UpdateRange& range) { price_.moved_bytes += 28.0 * static_cast<double>(range.count); }
 
 }  // namespace uly::plan

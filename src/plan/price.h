@@ -30,7 +30,8 @@ struct Price {
 // Reads programs. price() places the buffers; peak() is the cheaper question.
 class Priced final : public ops::Ops {
  public:
-  explicit Priced(const std::array<int64_t, 2>& group_sizes, int64_t s);
+  // `s`: tokens of the rank's shard; `document_table_bytes`: see ops/attention.h.
+  Priced(const std::array<int64_t, 2>& group_sizes, int64_t s, int64_t document_table_bytes);
   Price price() const;
   int64_t peak() const { return price_.run_bytes + price_.peak_bytes; }
 
@@ -48,12 +49,12 @@ class Priced final : public ops::Ops {
   void bias_grad(ops::Buffer, ops::Buffer dy) override { moved({dy}); }
   void rms_norm(ops::Buffer y, ops::Buffer, ops::Buffer x, ops::Buffer, double) override { moved({y, x}); }
   void rms_norm_grad(ops::Buffer dx, ops::Buffer, ops::Buffer dy, ops::Buffer x, ops::Buffer, ops::Buffer) override { moved({dx, dx, dy, x}); }
-  void head_norm(ops::Buffer y, ops::Buffer, ops::Buffer x, ops::Buffer, double) override { moved({y, x}); }
-  void head_norm_grad(ops::Buffer dx, ops::Buffer, ops::Buffer x, ops::Buffer, ops::Buffer) override { moved({dx, dx, x}); }
+  void norm_rope(ops::Buffer x, ops::Buffer raw, ops::Buffer, ops::Buffer, ops::Buffer table, double) override { moved({x, x, raw, table}); }
+  void norm_rope_grad(ops::Buffer dx, ops::Buffer, ops::Buffer raw, ops::Buffer, ops::Buffer, ops::Buffer table) override { moved({dx, dx, raw, table}); }
   void rope_table(ops::Buffer table) override { moved({table}); }
   void rope(ops::Buffer x, ops::Buffer table, int) override { moved({x, x, table}); }
-  void attention(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, const ops::Heads& heads) override;
-  void attention_grad(ops::Buffer dqkv, ops::Buffer d_o, ops::Buffer qkv, ops::Buffer o, ops::Buffer lse, const ops::Heads& heads) override;
+  void attention(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) override;
+  void attention_grad(ops::Buffer dqkv, ops::Buffer d_o, ops::Buffer qkv, ops::Buffer o, ops::Buffer lse, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) override;
   void swiglu(ops::Buffer a, ops::Buffer gate_up) override { moved({a, gate_up}); }
   void swiglu_grad(ops::Buffer gate_up, ops::Buffer a, ops::Buffer da) override { moved({gate_up, gate_up, a, da}); }
   void cross_entropy(ops::Buffer logits, ops::Buffer, ops::Buffer) override { moved({logits, logits, logits}); }
@@ -69,7 +70,7 @@ class Priced final : public ops::Ops {
   ops::Event all_reduce(ops::Buffer, ops::Group) override { return {}; }
   void wait(ops::Event) override {}
   void squared_norm(ops::Buffer, ops::Buffer x) override { moved({x}); }
-  void adamw(ops::Buffer, ops::Buffer, ops::Buffer, ops::Buffer, ops::Buffer gradient, ops::Buffer, const ops::UpdateRange& range) override;
+  void adamw(ops::Buffer, ops::Buffer, ops::Buffer, ops::Buffer, ops::Buffer gradient, ops::Buffer, ops::Buffer, const ops::UpdateRange& range) override;
 
  private:
   struct Life {
@@ -79,7 +80,7 @@ class Priced final : public ops::Ops {
   void moved(std::initializer_list<ops::Buffer> buffers);
 
   std::array<int64_t, 2> group_sizes_;
-  std::array<ops::Buffer, 3> inputs_;
+  std::array<ops::Buffer, ops::kNumInputs> inputs_;
   Price price_;
   std::vector<Life> run_, step_;
   std::vector<ops::Kind> kinds_;                 // of step buffers

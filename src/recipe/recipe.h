@@ -93,6 +93,8 @@ struct Recipe {
   int64_t gradient_accumulation_steps = 1, micro_batch_size = 1, sequence_parallel_size = 1;
   bool activation_checkpoint_cpu_offload = false, tiled_mlp_compute = false;
   LossReduction loss_reduction = LossReduction::kToken;
+  std::string attention = "auto";               // auto | cudnn | flash: what computes attention on a GPU
+  bool deterministic = false;                   // the same bits in every run
   std::string attention_scope = "sequence";     // sequence | shard: `shard` keeps attention inside each rank (a control for experiments)
   int64_t seed = 42;
   int64_t train_iters = 0, eval_interval = 0, eval_log_iter_interval = 1;
@@ -100,6 +102,7 @@ struct Recipe {
   bool overfit_first_batch = false;
   std::string kill_switch_path = "/tmp/at_kill_switch";
   int64_t memory_device_bytes = 0;              // memory.device: what one rank may use; 0 = by the machine
+  std::string master_weights = "fp32";          // memory.master_weights: fp32 | split
   int64_t memory_tile_bytes = 0;                // memory.tile: of the MLP or the logits; 0 = by the device
 
   // What a key was taken to mean, in the order of the file: printed in the plan.

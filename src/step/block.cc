@@ -35,15 +35,17 @@ Held Block::project(const LayerViews& w, Buffer h_sD, Saved* keep) const {
   const Buffer qk = (*qkv_s).column_range(0, NH + KH), q = qk.column_range(0, NH), k = qk.column_range(NH, KH);
   if (spec_.qk_norm) {
     Held rstd = make(s, spec_.N + spec_.K, Kind::kSaved, "q/k norm", Dtype::kF32);
+    Buffer raw_q, raw_k;
     if (keep) {
       keep->raw_qk = make(s, NH + KH, Kind::kSaved, "q, k before their norm");
-      ops_.copy(keep->raw_qk, qk);
+      raw_q = (*keep->raw_qk).column_range(0, NH), raw_k = (*keep->raw_qk).column_range(NH, KH);
     }
-    ops_.head_norm(q, (*rstd).column_range(0, spec_.N), q, w.q_norm_H, spec_.norm_eps);
-    ops_.head_norm(k, (*rstd).column_range(spec_.N, spec_.K), k, w.k_norm_H, spec_.norm_eps);
+    ops_.norm_rope(q, raw_q, (*rstd).column_range(0, spec_.N), w.q_norm_H, table_sH_, spec_.norm_eps);
+    ops_.norm_rope(k, raw_k, (*rstd).column_range(spec_.N, spec_.K), w.k_norm_H, table_sH_, spec_.norm_eps);
     if (keep) keep->rstd_qk = std::move(rstd);
+  } else {
+    ops_.rope(qk, table_sH_, +1);
   }
-  ops_.rope(qk, table_sH_, +1);
   return qkv_s;
 }
 
@@ -82,7 +84,10 @@ Held Block::forward(const LayerViews& w, Held x_sD, Keep keep, Saved& saved, int
     const ops::Heads& heads = ulysses_.heads();
     Held o_SnH = make(options_.S(), heads.n * heads.H, Kind::kSaved, "attention output");
     saved.lse_Sn = make(options_.S(), heads.n, Kind::kSaved, "attention log-sum-exp", Dtype::kF32);
-    ops_.attention(o_SnH, saved.lse_Sn, qkv_S, heads);
+    {
+      const Held workspace = this->workspace(ops::attention_workspace_bytes(options_.attention, heads, options_.S()));
+      ops_.attention(o_SnH, saved.lse_Sn, qkv_S, workspace, heads, options_.attention);
+    }
     if (projections) saved.qkv_S = std::move(qkv_S);
     qkv_S.reset();
     saved.o_sNH = ulysses_.output_to_tokens(std::move(o_SnH));
@@ -136,11 +141,13 @@ void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, Saved& saved
 void Block::rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, const Saved& saved, Buffer dqkv_s) const {
   const int64_t NH = spec_.query_columns(), KH = spec_.key_columns();
   const Buffer dqk = dqkv_s.column_range(0, NH + KH);
-  ops_.rope(dqk, table_sH_, -1);
-  if (!spec_.qk_norm) return;
+  if (!spec_.qk_norm) {
+    ops_.rope(dqk, table_sH_, -1);
+    return;
+  }
   const Buffer raw = saved.raw_qk, rstd = saved.rstd_qk;
-  ops_.head_norm_grad(dqk.column_range(0, NH), dw.q_norm_H, raw.column_range(0, NH), rstd.column_range(0, spec_.N), w.q_norm_H);
-  ops_.head_norm_grad(dqk.column_range(NH, KH), dw.k_norm_H, raw.column_range(NH, KH), rstd.column_range(spec_.N, spec_.K), w.k_norm_H);
+  ops_.norm_rope_grad(dqk.column_range(0, NH), dw.q_norm_H, raw.column_range(0, NH), rstd.column_range(0, spec_.N), w.q_norm_H, table_sH_);
+  ops_.norm_rope_grad(dqk.column_range(NH, KH), dw.k_norm_H, raw.column_range(NH, KH), rstd.column_range(spec_.N, spec_.K), w.k_norm_H, table_sH_);
 }
 
 void Block::attention_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, Buffer dy_sD) const {
@@ -161,7 +168,10 @@ void Block::attention_backward(const LayerViews& w, const LayerViews& dw, Saved&
   Held o_SnH = ulysses_.alone() ? std::move(saved.o_sNH) : ulysses_.output_to_heads(saved.o_sNH);
   saved.o_sNH.reset();
   Held dqkv_S = make(options_.S(), (heads.n + 2 * heads.k) * heads.H, Kind::kActivations, "gradient of q, k, v of my heads");
-  ops_.attention_grad(dqkv_S, do_SnH, saved.qkv_S, o_SnH, saved.lse_Sn, heads);
+  {
+    const Held workspace = this->workspace(ops::attention_grad_workspace_bytes(options_.attention, heads, options_.S()));
+    ops_.attention_grad(dqkv_S, do_SnH, saved.qkv_S, o_SnH, saved.lse_Sn, workspace, heads, options_.attention);
+  }
   saved.qkv_S.reset();
   saved.lse_Sn.reset();
   do_SnH.reset();

@@ -36,6 +36,8 @@ class Block {
   ops::Held project(const LayerViews& w, ops::Buffer h_sD, Saved* keep) const;
   ops::Held make(int64_t rows, int64_t columns, ops::Kind kind, const char* what, Dtype dtype) const { return ops::Held(ops_, rows, columns, dtype, kind, what); }
   ops::Held make(int64_t rows, int64_t columns, ops::Kind kind, const char* what) const { return make(rows, columns, kind, what, options_.dtype); }
+  // No buffer for 0 bytes.
+  ops::Held workspace(int64_t bytes) const { return bytes > 0 ? make(1, bytes, ops::Kind::kActivations, "attention workspace", Dtype::kU8) : ops::Held(); }
   void output_projection(const LayerViews& w, ops::Buffer y_sD, ops::Buffer o_sNH, ops::Buffer x_sD) const;
   void mlp_forward(const LayerViews& w, ops::Buffer y_sD, ops::Buffer x1_sD, ops::Buffer h_sD, ops::Buffer gate_up_s2F) const;
   void mlp_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, ops::Buffer dy_sD) const;

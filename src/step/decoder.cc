@@ -63,6 +63,8 @@ Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, cons
 
 }  // namespace
 
+void begin(ops::Ops& ops, const States& states) { ops.zero(states.loss_total); }
+
 void micro_step(ops::Ops& ops, const Model& m, const Options& o, const States& states) {
   const models::Spec& spec = m.spec;
   const Schedule units(m);
@@ -133,9 +135,8 @@ void update(ops::Ops& ops, const Model& m, const Options& o, const States& state
   ops.mark("optimizer", -1);
   for (size_t u = 0; u < m.units.size(); ++u) {
     const UnitState& s = states.units[u];
-    for (const ops::UpdateRange& range : update_ranges(m.units[u], o.mesh)) ops.adamw(s.weight, s.master, s.m, s.v, s.gradient, states.norm_total, range);
+    for (const ops::UpdateRange& range : update_ranges(m.units[u], o.mesh)) ops.adamw(s.weight, s.master, s.m, s.v, s.gradient, states.norm_total, states.loss_total, range);
   }
-  ops.zero(states.loss_total);
 }
 
 }  // namespace uly::step

@@ -14,6 +14,9 @@ struct Model {
   explicit Model(models::Spec s) : spec(std::move(s)), units(models::units(spec)) {}
 };
 
+// Empties the loss: before the first micro-batch of a step.
+void begin(ops::Ops& ops, const States& states);
+
 // Forward and backward of one micro-batch: adds to every gradient shard and to loss_total.
 void micro_step(ops::Ops& ops, const Model& model, const Options& options, const States& states);
 

@@ -29,9 +29,12 @@ struct Options {
   Mesh mesh;
   Dtype dtype = Dtype::kBf16;      // weights and activations
   Dtype wire = Dtype::kF32;        // gradients between ranks
+  bool optimizer = true;           // false: states without master and moments, for measuring forward and backward
+  bool split_master = false;       // master weights as the bf16 weight and the 16 bits it lacks
   bool exchange = true;            // false: attention stays inside each rank's shard
   int64_t s = 0;                   // tokens of each rank's shard
   int64_t mlp_tile = 0, loss_tile = 0;
+  ops::AttentionSchedule attention;
   std::vector<Keep> keep;          // one a layer
 
   // Ranks over which attention's heads are spread.

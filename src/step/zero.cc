@@ -14,9 +14,11 @@ States make_states(ops::Ops& ops, const std::vector<models::Unit>& units, const 
     const int64_t n = shard_elements(unit, options.mesh.W);
     UnitState state;
     state.weight = make(n, options.dtype, ops::Kind::kWeights, "weights");
-    state.master = options.dtype == Dtype::kF32 ? state.weight : make(n, Dtype::kF32, ops::Kind::kOptimizer, "master weights");
-    state.m = make(n, Dtype::kF32, ops::Kind::kOptimizer, "first moment");
-    state.v = make(n, Dtype::kF32, ops::Kind::kOptimizer, "second moment");
+    if (options.optimizer) {
+      state.master = options.dtype == Dtype::kF32 ? state.weight : make(n, options.split_master ? Dtype::kI16 : Dtype::kF32, ops::Kind::kOptimizer, "master weights");
+      state.m = make(n, Dtype::kF32, ops::Kind::kOptimizer, "first moment");
+      state.v = make(n, Dtype::kF32, ops::Kind::kOptimizer, "second moment");
+    }
     state.gradient = make(n, Dtype::kF32, ops::Kind::kGradients, "gradients");
     states.units.push_back(state);
   }

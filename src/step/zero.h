@@ -16,7 +16,7 @@ namespace uly::step {
 // What a rank keeps of one unit between steps; all are 1 x shard_elements.
 struct UnitState {
   ops::Buffer weight;    // compute dtype; in fp32 training the same buffer as master
-  ops::Buffer master;    // fp32
+  ops::Buffer master;    // fp32, or i16: what a bf16 weight lacks of it
   ops::Buffer m, v;      // fp32
   ops::Buffer gradient;  // fp32, accumulated over micro-batches
 };

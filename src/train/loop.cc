@@ -1,4 +1,5 @@
 // The loop: data -> micro-batches -> update -> metrics -> checkpoint.
+#include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 
 #include <chrono>
@@ -11,6 +12,7 @@
 #include "base/shapes.h"
 #include "base/units.h"
 #include "checkpoint/hub.h"
+#include "engine/profile.h"
 #include "data/sampler.h"
 #include "memory/gauges.h"
 #include "train/metrics.h"
@@ -19,6 +21,8 @@
 
 namespace uly::train {
 namespace {
+
+constexpr int64_t kProfiledStep = 3;  // the first two allocate and build plans
 
 using Clock = std::chrono::steady_clock;
 
@@ -101,6 +105,7 @@ void Loop::step(int64_t epoch, int64_t step_in_epoch) {
   const data::Sampler::Window window = sampler_.window(epoch, step_in_epoch);
   const auto scale = scales(s_.tokens(), window, r_.loss_reduction);
   StepFigures f;
+  s_.begin();
   for (size_t micro = 0; micro < window.size(); ++micro) {
     const size_t mine = static_cast<size_t>(mesh.replica());
     for (const auto& samples : window[micro])
@@ -116,11 +121,12 @@ void Loop::step(int64_t epoch, int64_t step_in_epoch) {
     s_.micro_step(data::make_batch(s_.tokens(), window[micro][mine], S, mesh.P, mesh.p()), scale[micro][mine]);
   }
   s_.finish_gradients();
-  const double loss = s_.loss(), norm = std::sqrt(s_.squared_norm());
-  check_finite(loss, norm);
-  if (!job_.dump_folder.empty()) dump_gradients(s_, job_.dump_folder, steps_ + 1, loss);
+  if (!job_.dump_folder.empty()) dump_gradients(s_, job_.dump_folder, steps_ + 1, s_.loss());
   f.learning_rate = recipe::learning_rate(r_.scheduler, r_.optimizer.learning_rate, steps_, s_.plan().horizon);
   s_.update(f.learning_rate, steps_ + 1);
+  // Only now are figures read: until here nothing has waited for a GPU. Where they are not finite the update did nothing.
+  const double loss = s_.loss(), norm = std::sqrt(s_.squared_norm());
+  check_finite(loss, norm);
   ++steps_;
 
   f.iter = steps_;
@@ -182,7 +188,16 @@ void Loop::run() {
         stopped = true;
         break;
       }
-      step(epoch, i);
+      const bool profiled = s_.first() && !job_.profile.empty() && steps_ == std::min(plan.num_steps, kProfiledStep) - 1;
+      if (profiled) engine::start_profile(job_.cuda);
+      {
+        RECORD_USER_SCOPE(fmt::format("step {}", steps_ + 1));
+        step(epoch, i);
+      }
+      if (profiled) {
+        engine::stop_profile(job_.profile);
+        say("trace of step {}: {}", steps_, job_.profile);
+      }
       const bool epoch_ended = i + 1 == plan.steps_per_epoch;
       maybe_save(epoch + 1, epoch_ended, false);
     }

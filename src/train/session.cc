@@ -1,23 +1,60 @@
 #include "train/session.h"
 
+#include <unistd.h>
+
 #include <cmath>
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/shapes.h"
 #include "base/units.h"
 #include "checkpoint/hub.h"
 #include "checkpoint/init.h"
 #include "kernels/bf16.h"
+#include "kernels/optimizer.h"
+#include "launch/environment.h"
+#include "launch/gpus.h"
 
 namespace uly::train {
+namespace {
+
+// The GPU of a rank as the driver sees it before this program uses it.
+void look_at_gpu(plan::Machine& machine, int64_t local_rank, int64_t local_ranks) {
+  const launch::Gpus gpus = launch::ask_gpus();
+  if (gpus.list.empty()) return;
+  const launch::Gpu& gpu = gpus.list[static_cast<size_t>(local_rank) % gpus.list.size()];
+  machine.gpus = static_cast<int64_t>(gpus.list.size());
+  machine.gpu_name = gpu.name;
+  machine.gpu_total_bytes = gpu.total_bytes, machine.gpu_free_bytes = gpu.free_bytes;
+  machine.gpu_major = gpu.major, machine.gpu_minor = gpu.minor;
+  machine.gpu_ranks = ceil_div(local_ranks, machine.gpus);
+  machine.gpu_words = fmt::format("{}, {}", gpu.name, format_bytes(gpu.total_bytes));
+}
+
+// Who else has memory of a GPU: "5.8 GiB belong to process 4411".
+std::string others_on_gpu(int64_t local_rank) {
+  const launch::Gpus gpus = launch::ask_gpus();
+  if (gpus.list.empty()) return "";
+  std::string words;
+  for (const launch::Gpu::Process& p : gpus.list[static_cast<size_t>(local_rank) % gpus.list.size()].processes)
+    if (p.pid != getpid()) words += fmt::format("; {} belong to process {}", p.bytes > 0 ? format_bytes(p.bytes) : "some", p.pid);
+  return words;
+}
+
+}  // namespace
 
 Session::Session(const Job& job, comm::World& world) 
     : world_(world), recipe_(recipe::load(job.recipe_path, job.overrides)), tokenizer_folder_(job.tokenizer_folder.empty() ? job.model_folder : job.tokenizer_folder) {
   models::Spec spec = models::find(job.model_folder, "", recipe_.model.hf_config_kwargs);
   spec.name = recipe_.model.name_or_path;
-  plan::Machine machine = plan::this_machine(job.cuda, 0);
-  machine.memory_bytes = -world_.all().max(-machine.memory_bytes);  // every rank plans with the least that any has
-  plan_ = plan::make(recipe_, spec, machine, world_.size(), plan::DataFacts{.tokens_path = job.tokens_path});
+  const auto place = launch::place_in_job();
+  const int64_t local_rank = place ? place->local_rank : 0;
+  machine_ = plan::this_machine(job.cuda, 0);
+  if (job.cuda) look_at_gpu(machine_, local_rank, place ? place->local_world_size : 1);
+  // Every rank plans with the least that any has; nobody's GPU is in use before all have looked.
+  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks});
+  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4];
+  plan_ = plan::make(recipe_, spec, machine_, world_.size(), plan::DataFacts{.tokens_path = job.tokens_path});
   if (!plan_.fits) throw WillNotFit(plan_.why_not);
   agree();
 
@@ -29,7 +66,7 @@ Session::Session(const Job& job, comm::World& world)
   for (int64_t p = 0; p < mesh_.P; ++p) peers.push_back(mesh_.replica() * mesh_.P + p);
   sequence_ = world_.subgroup(peers, fmt::format("sequence {}", mesh_.replica()));
 
-  engine_ = std::make_unique<engine::Engine>(world_.all(), *sequence_);
+  make_engine(job, local_rank);
   const step::Options options = plan::options_for(plan_, mesh_.rank, plan_.planned_length);
   const plan::Price price = plan::price_step(*model_, options);
   engine_->begin_run(price.run_places);
@@ -53,16 +90,48 @@ void Session::load_weights() {
   for (size_t u = 0; u < units().size(); ++u) {
     const step::UnitState& state = states_.units[u];
     const int64_t n = state.master.columns, begin = mesh_.rank * n, end = std::min(begin + n, units()[u].elements);
-    float* master = engine_->tensor(state.master).data_ptr<float>();
+    std::vector<float> values;
     for (int64_t at = begin; at < end; at += kAtOnce) {
       const int64_t count = std::min(kAtOnce, end - at);
+      values.resize(static_cast<size_t>(count));
       if (random)
-        checkpoint::fill_initial(spec(), units()[u], static_cast<uint64_t>(recipe_.seed), static_cast<int64_t>(u), at, count, master + (at - begin));
+        checkpoint::fill_initial(spec(), units()[u], static_cast<uint64_t>(recipe_.seed), static_cast<int64_t>(u), at, count, values.data());
       else
-        reader->read(units()[u], at, count, master + (at - begin));
+        reader->read(units()[u], at, count, values.data());
+      load_range(state, at - begin, values);
     }
-    if (state.weight.dtype == Dtype::kBf16) engine_->copy(state.weight, state.master);
   }
+}
+
+// Puts fp32 values into master and weights from element `at` on.
+void Session::load_range(const step::UnitState& state, int64_t at, std::vector<float>& values) {
+  const int64_t count = static_cast<int64_t>(values.size());
+  if (state.master.dtype == Dtype::kI16) {
+    std::vector<uint16_t> weight(values.size());
+    std::vector<int16_t> low(values.size());
+    for (size_t i = 0; i < values.size(); ++i) {
+      const kernels::SplitFloat split = kernels::split(values[i]);
+      weight[i] = split.weight, low[i] = split.low;
+    }
+    engine_->write(state.weight.column_range(at, count), weight.data());
+    engine_->write(state.master.column_range(at, count), low.data());
+    return;
+  }
+  engine_->write(state.master.column_range(at, count), values.data());
+  if (state.weight.dtype == Dtype::kBf16) engine_->copy(state.weight.column_range(at, count), state.master.column_range(at, count));
+}
+
+void Session::make_engine(const Job& job, int64_t local_rank) {
+  if (!job.cuda) {
+    engine_ = engine::make_cpu_engine(world_.all(), *sequence_);
+    return;
+  }
+  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(std::max(spec().D, 2 * spec().F)), .advice = {}};
+  options.advice = [this, local_rank](int64_t bytes) {
+    const int64_t longest = plan::longest_that_fits(recipe_, spec(), machine_, world_.size(), bytes + plan_.besides_bytes);
+    return others_on_gpu(local_rank) + (longest > 0 ? fmt::format("; the longest that fits is data.max_length={}", longest) : "");
+  };
+  engine_ = engine::make_cuda_engine(launch::program_folder(), world_.all(), *sequence_, options);
 }
 
 const Session::Program& Session::program_for(int64_t S) {
@@ -79,7 +148,7 @@ void Session::micro_step(const data::Batch& batch, double scale) {
   const models::RopeTable rope = models::rope_table(spec(), batch.longest_document);
   engine::BatchData data{.ids = batch.ids, .labels = batch.labels, .positions = batch.positions, .scale = scale, .inverse_frequencies = rope.inverse_frequencies, .rope_factor = rope.attention_factor, .padding_token = spec().padding_token};
   data.document_starts = program.options.exchange ? batch.document_starts : data::starts_within_shard(batch.document_starts, batch.S, mesh_.P, mesh_.p());
-  engine_->begin_step(program.places, data);
+  engine_->begin_step(program.places, data, ops::document_table_bytes(program.options.attention, program.options.S()));
   step::micro_step(*engine_, *model_, program.options, states_);
 }
 
@@ -95,10 +164,11 @@ void Session::update(double learning_rate, int64_t step) {
 
 std::string Session::where_not_finite() {
   int64_t unit = -1;
+  std::vector<float> g;
   for (size_t u = 0; u < units().size(); ++u) {
-    const float* g = engine_->tensor(states_.units[u].gradient).data_ptr<float>();
-    for (int64_t i = 0; i < states_.units[u].gradient.columns && unit != static_cast<int64_t>(u); ++i)
-      if (!std::isfinite(g[i])) unit = static_cast<int64_t>(u);
+    g.resize(static_cast<size_t>(states_.units[u].gradient.columns));
+    engine_->read(g.data(), states_.units[u].gradient);
+    if (!std::all_of(g.begin(), g.end(), [](float x) { return std::isfinite(x); })) unit = static_cast<int64_t>(u);
   }
   unit = world_.all().max(unit);
   return unit < 0 ? "" : units()[static_cast<size_t>(unit)].name;
@@ -106,7 +176,9 @@ std::string Session::where_not_finite() {
 
 std::vector<uint8_t> Session::gather(const ops::Buffer& shard) {
   std::vector<uint8_t> whole(static_cast<size_t>(shard.bytes() * mesh_.W));
-  world_.all().all_gather(whole.data(), engine_->tensor(shard).data_ptr(), shard.bytes()).wait();
+  std::vector<uint8_t> mine(static_cast<size_t>(shard.bytes()));
+  engine_->read(mine.data(), shard);
+  world_.all().all_gather(whole.data(), mine.data(), shard.bytes()).wait();
   return whole;
 }
 

@@ -8,7 +8,7 @@
 #include "comm/world.h"
 #include "data/batch.h"
 #include "data/token_file.h"
-#include "engine/engine.h"
+#include "engine/make.h"
 #include "plan/plan.h"
 #include "recipe/recipe.h"
 #include "step/decoder.h"
@@ -21,14 +21,16 @@ class Session {
   // Collective over the world: compares what every rank is about to do, and loads the weights.
   Session(const Job& job, comm::World& world);
 
+  // Before the first micro-batch of a step.
+  void begin() { step::begin(*engine_, states_); }
   // Forward and backward of one micro-batch. `scale` of the loss and its gradient.
   void micro_step(const data::Batch& batch, double scale);
   // Sums over all ranks; afterwards loss() and squared_norm() are those of the step.
   void finish_gradients();
   void update(double learning_rate, int64_t step);
 
-  double loss() const { return engine_->scalar(states_.loss_total); }
-  double squared_norm() const { return engine_->scalar(states_.norm_total); }
+  double loss() { return engine_->scalar(states_.loss_total); }
+  double squared_norm() { return engine_->scalar(states_.norm_total); }
   // The unit whose gradient is not finite and that backward reached first, over all ranks; empty if there is none.
   std::string where_not_finite();
 
@@ -55,6 +57,8 @@ class Session {
   const Program& program_for(int64_t S);
   void agree();
   void load_weights();
+  void make_engine(const Job& job, int64_t local_rank);
+  void load_range(const step::UnitState& state, int64_t at, std::vector<float>& values);
   std::vector<uint8_t> gather(const ops::Buffer& shard);
 
   comm::World& world_;
@@ -67,6 +71,7 @@ class Session {
   std::unique_ptr<comm::Group> sequence_;
   std::unique_ptr<engine::Engine> engine_;
   step::States states_;
+  plan::Machine machine_;
   std::map<int64_t, Program> programs_;  // by padded length
 };
 

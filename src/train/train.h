@@ -18,6 +18,7 @@ struct Job {
   std::string tokens_path;    // what `prepare` has written
   std::string dump_folder;    // if not empty: step_N.safetensors there holds the loss and every gradient of step N
   bool cuda = false;
+  std::string profile;        // if not empty: where rank 0 writes a Chrome trace of the third step, or of the last before
 };
 
 // Joins the ranks named by the environment, trains, saves. Returns the process's exit code; throws Error.

@@ -51,10 +51,46 @@ NUM_CHATS = 6
 
 
 def environment(**more):
-    """The environment of a run that must not depend on this machine: no network, no tokens, no GPUs, one thread a rank."""
-    names = ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    """The environment of a run that must not depend on this machine: no network, no tokens, no GPUs, one thread a rank.
+
+    `more` is added; None removes.
+    """
+    names = ("CUDA_DEVICE_ORDER", "ULYSSES_SHARE_GPU", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("HF_", "HUGGINGFACE", "TORCHELASTIC"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(shared() / "hub"), **more}
+    fixed = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(shared() / "hub")}
+    return {k: v for k, v in {**kept, **fixed, **more}.items() if v is not None}
+
+
+def gpu(name="NVIDIA H200", capability=(9, 0), gib=139.8, free=139.3, processes=()):
+    """One GPU as fake_nvml.cc reads it; processes are pairs of pid and GiB (None: not told)."""
+    held = [part for pid, size in processes for part in (pid, -1 if size is None else int(size * 2**30))]
+    return ";".join(str(part) for part in (name, *capability, int(gib * 2**30), int(free * 2**30), *held))
+
+
+def fake_gpus(*gpus, driver="580.65.06;13000", visible=None, **more):
+    """What to add to an environment for a machine with these GPUs, whatever this one has."""
+    places = [str(fake_nvml()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return {"FAKE_NVML": "|".join(gpus), "FAKE_NVML_DRIVER": driver, "LD_LIBRARY_PATH": ":".join(places), "CUDA_VISIBLE_DEVICES": visible, **more}
+
+
+@functools.cache
+def fake_nvml():
+    """The folder with a driver's library that knows the GPUs which FAKE_NVML names."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no compiler for the driver's library that these tests play")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="ulysses-nvml-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source = pathlib.Path(__file__).resolve().parent / "fake_nvml.cc"
+    subprocess.run([compiler, "-std=c++17", "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", source], check=True)
+    return folder
+
+
+def program_with_gpu_part(ulysses, folder):
+    """A copy of the program that finds a GPU part beside itself, though an empty one."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "libulysses_cuda.so").touch()
+    return shutil.copy(ulysses, folder / "bin" / "ulysses")
 
 
 @functools.cache

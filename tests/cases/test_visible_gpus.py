@@ -21,10 +21,9 @@ def run(tmp_path):
     if shutil.which("unshare") is None or subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", "/dev"], capture_output=True, check=False).returncode != 0:
         pytest.skip("no file system can be mounted here")
 
-    def call(*arguments, visible=None):
-        more = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    def call(*arguments, visible=None, **more):
         command = [*own, "sh", "-c", WITH_GPUS + shlex.join([str(ULYSSES), *arguments])]
-        done = subprocess.run(command, cwd=tmp_path, env=fixtures.environment(**more), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, cwd=tmp_path, env=fixtures.environment(**{"CUDA_VISIBLE_DEVICES": visible, **more}), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
         return done.returncode, done.stdout, done.stderr
 
     return call
@@ -44,3 +43,23 @@ def test_a_recipe_that_needs_more_ranks_than_are_visible_says_so_and_names_the_v
 
 def test_doctor_counts_what_is_visible(run):
     assert "GPUs      1 visible of 2, CUDA_VISIBLE_DEVICES=1" in run("doctor", visible="1")[1]
+
+
+def test_a_driver_that_does_not_answer_is_quoted(run):
+    failing = fixtures.fake_gpus(FAKE_NVML_INIT="18")
+    said = "the driver does not answer: Driver/library version mismatch"
+    assert run("train", "run.yml", "--device", "cuda", **failing)[::2] == (2, f"--device cuda: {said}; nvidia-smi may say more\n")
+    assert run("plan", "run.yml", **failing)[::2] == (0, f"device: cpu ({said})\n")
+
+
+def test_where_nothing_tells_what_the_gpus_can_do_they_are_used_only_if_asked_for(run):
+    code, _, err = run("plan", "run.yml", "model.dtype=bf16")
+    if "the driver does not answer" in err:
+        pytest.skip("this machine has a driver")
+    assert (code, err.startswith("device: cpu (nothing tells what the GPU can do: libnvidia-ml.so.1: ")) == (0, True)
+    # What is checked next is reached.
+    assert "this build has no GPU part" in run("train", "run.yml", "--device", "cuda", ULYSSES_ENGINE="/bin/false", ULYSSES_PYTHON="/bin/false")[2] or has_gpu_part()
+
+
+def has_gpu_part():
+    return (ULYSSES.parent / "libulysses_cuda.so").exists()

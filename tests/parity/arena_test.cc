@@ -2,7 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "comm/world.h"
-#include "engine/engine.h"
+#include "engine/make.h"
 #include "plan/plan.h"
 #include "step/decoder.h"
 
@@ -29,18 +29,19 @@ TEST_P(ArenaTest, MeasuredPeakEqualsThePricedOne) {
 
   comm::World world = std::move(comm::World::threads(1)[0]);
   const std::unique_ptr<comm::Group> sequence = world.subgroup({0}, "sequence");
-  engine::Engine engine(world.all(), *sequence);
+  const std::unique_ptr<engine::Engine> made = engine::make_cpu_engine(world.all(), *sequence);
+  engine::Engine& engine = *made;
   engine.begin_run(price.run_places);
   const step::States states = step::make_states(engine, model.units, o);
   const models::RopeTable rope = models::rope_table(model.spec, o.s);
   engine::BatchData batch{.ids = std::vector<int64_t>(700, 3), .labels = std::vector<int64_t>(700, 5), .positions = {}, .document_starts = {0, 300, 700}, .scale = 1.0 / 700, .inverse_frequencies = rope.inverse_frequencies};
   for (int64_t i = 0; i < 700; ++i) batch.positions.push_back(i < 300 ? i : i - 300);
-  engine.begin_step(price.step_places, batch);
+  engine.begin_step(price.step_places, batch, 0);
   step::micro_step(engine, model, o, states);
 
   EXPECT_EQ(engine.peak_alive_bytes(), price.peak_bytes);
   EXPECT_EQ(engine.peak_placed_bytes(), price.step_places.arena_bytes);
-  const int64_t touched = engine.step_arena().touched_bytes();
+  const int64_t touched = engine.touched_step_bytes();
   EXPECT_GT(touched, price.step_places.arena_bytes * 9 / 10);
   EXPECT_LE(touched, (price.step_places.arena_bytes + (2 << 20)) / (2 << 20) * (2 << 20)) << "whole huge pages";
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -13,7 +14,9 @@
 #include "kernels/embed.h"
 #include "kernels/exchange.h"
 #include "kernels/loss.h"
+#include "kernels/merge.h"
 #include "kernels/norm.h"
+#include "kernels/norm_rope.h"
 #include "kernels/optimizer.h"
 #include "kernels/rope.h"
 #include "kernels/swiglu.h"
@@ -212,6 +215,121 @@ TEST_P(KernelsTest, RopeRotatesPairsAndBack) {
       x, [&](int64_t i, int64_t j) { return 2.25 * x0(i, j); }, 1e-5, 4);
 }
 
+class NormRopeTest : public testing::TestWithParam<std::tuple<int64_t, Dtype, Dtype>> {};
+
+INSTANTIATE_TEST_SUITE_P(Heads, NormRopeTest,
+                         testing::Combine(testing::Values(2, 8, 70, 96, 256), testing::Values(Dtype::kF32, Dtype::kBf16),
+                                          testing::Values(Dtype::kF32, Dtype::kBf16)));
+
+TEST_P(NormRopeTest, MatchesItsFormulaAndSoDoesItsGradient) {
+  const auto [H, activation, weight] = GetParam();
+  const int64_t rows = 67, n = 3, half = H / 2, gap = 2;
+  const Values x = Values::random(rows, n * H, activation, gap, 1), w = Values::random(1, H, weight, 0, 2),
+               dy = Values::random(rows, n * H, activation, gap, 3), table = Values::random(rows, H, Dtype::kF32, 5, 4),
+               dw0 = Values::random(1, H, Dtype::kF32, 0, 5);
+  Values y(rows, n * H, activation, gap), raw = y, rstd(rows, n, Dtype::kF32, 2), dx = dy, dw = dw0, in_place = x;
+  const NormRopeArgs a{.y = y.m(), .raw = raw.m(), .rstd = rstd.m(), .x = x.m(), .w = w.m(), .table = table.m(), .head_size = H, .eps = 1e-3};
+  run_in_ranges({&y, &raw, &rstd}, rows, [&](int64_t b, int64_t e) { cpu::norm_rope(a, b, e); });
+  EXPECT_TRUE(raw == x);
+  cpu::norm_rope({.y = in_place.m(), .rstd = rstd.m(), .x = in_place.m(), .w = w.m(), .table = table.m(), .head_size = H, .eps = 1e-3}, 0, rows);
+  EXPECT_TRUE(in_place == y) << "where y is x and raw is not asked for";
+  const auto reciprocal = [&](int64_t i, int64_t h) {
+    double sum = 0;
+    for (int64_t j = 0; j < H; ++j) sum += x(i, h * H + j) * x(i, h * H + j);
+    return 1 / std::sqrt(sum / static_cast<double>(H) + 1e-3);
+  };
+  expect_close(rstd, reciprocal);
+  // Column j of a head after the rotation by +1 or -1 of what f says it was.
+  const auto rotated = [&](int64_t i, int64_t j, double direction, const Reference& f) {
+    const int64_t h = j / H * H, k = j % half;
+    const double cosine = table(i, k), sine = direction * table(i, half + k);
+    return j - h < half ? f(i, h + k) * cosine - f(i, h + half + k) * sine : f(i, h + half + k) * cosine + f(i, h + k) * sine;
+  };
+  expect_close(y, [&](int64_t i, int64_t j) { return rotated(i, j, 1, [&](int64_t r, int64_t k) { return x(r, k) * rstd(r, k / H) * w(0, k % H); }); });
+  const NormRopeGradArgs g{.dx = dx.m(), .dw = dw.m(), .x = x.m(), .rstd = rstd.m(), .w = w.m(), .table = table.m(), .head_size = H};
+  run_in_ranges({&dw}, H, [&](int64_t b, int64_t e) { cpu::norm_rope_grad_dw(g, b, e); });
+  run_in_ranges({&dx}, rows, [&](int64_t b, int64_t e) { cpu::norm_rope_grad_dx(g, b, e); });
+  const auto back = [&](int64_t i, int64_t j) { return rotated(i, j, -1, [&](int64_t r, int64_t k) { return dy(r, k); }); };
+  expect_close(
+      dw,
+      [&](int64_t, int64_t j) {
+        double sum = dw0(0, j);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t h = 0; h < n; ++h) sum += back(i, h * H + j) * x(i, h * H + j) * rstd(i, h);
+        return sum;
+      },
+      4e-6, 8);
+  std::vector<double> mean(static_cast<size_t>(rows * n));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < n * H; ++j)
+      mean[static_cast<size_t>(i * n + j / H)] += back(i, j) * w(0, j % H) * x(i, j) * rstd(i, j / H) / static_cast<double>(H);
+  expect_close(
+      dx,
+      [&](int64_t i, int64_t j) {
+        const double r = rstd(i, j / H);
+        return r * (back(i, j) * w(0, j % H) - x(i, j) * r * mean[static_cast<size_t>(i * n + j / H)]);
+      },
+      2e-5, 4);
+}
+
+TEST(KernelsEdgeTest, NormRopeRefusesOddAndLargeHeads) {
+  for (const int64_t H : {0, 7, 258}) {
+    Values x(1, 258, Dtype::kF32);
+    EXPECT_ANY_THROW(cpu::norm_rope({.y = x.m(), .rstd = x.m(), .x = x.m(), .w = x.m(), .table = x.m(), .head_size = H}, 0, 1)) << H;
+  }
+}
+
+class MergeTest : public testing::TestWithParam<std::tuple<int64_t, Dtype, Dtype, Dtype>> {};
+
+INSTANTIATE_TEST_SUITE_P(Types, MergeTest,
+                         testing::Combine(testing::Values(1, 36, 128), testing::Values(Dtype::kF32, Dtype::kBf16), testing::Values(Dtype::kF32, Dtype::kBf16),
+                                          testing::Values(Dtype::kF32, Dtype::kBf16)));
+
+TEST_P(MergeTest, WeighsByExponentialsAndNeverMakesNaN) {
+  const auto [H, y_type, a_type, b_type] = GetParam();
+  const int64_t rows = 23, n = 3;
+  Values a = Values::random(rows, n * H, a_type, 1, 1), b = Values::random(rows, n * H, b_type, 2, 2), y(rows, n * H, y_type, 3);
+  Values a_lse = Values::random(rows, n, Dtype::kF32, 2, 3, 3), b_lse = Values::random(n, rows, Dtype::kF32, 1, 4, 3), lse(n, rows, Dtype::kF32);
+  const double none = -std::numeric_limits<double>::infinity();
+  a_lse.set(1, 0, none), b_lse.set(1, 2, none), a_lse.set(3, 2, none), b_lse.set(2, 3, none);
+  a_lse.set(4, 0, 80), b_lse.set(0, 4, -80), a_lse.set(5, 0, -1e30);
+  for (int64_t j = 0; j < H; ++j) a.set(1, j, NAN), b.set(2, H + H + j, NAN);
+  b_lse.set(2, 2, none);
+  const auto args = [&](Matrix y_matrix, Matrix lse_matrix, int64_t lse_column_stride) {
+    return MergeArgs{.y = y_matrix,
+                     .lse = lse_matrix,
+                     .a = a.m(),
+                     .a_lse = a_lse.m(),
+                     .b = b.m(),
+                     .b_lse = {.data = b_lse.m().data, .rows = rows, .columns = n, .stride = 1},
+                     .head_size = H,
+                     .lse_column_stride = lse_column_stride,
+                     .b_lse_column_stride = b_lse.m().stride};
+  };
+  const MergeArgs m = args(y.m(), {.data = lse.m().data, .rows = rows, .columns = n, .stride = 1}, rows);
+  run_in_ranges({&y, &lse}, rows, [&](int64_t begin, int64_t end) { cpu::merge(m, begin, end); });
+  const auto sum = [&](int64_t i, int64_t h) { return std::exp(a_lse(i, h)) + std::exp(b_lse(h, i)); };
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t h = 0; h < n; ++h) {
+      if (sum(i, h) == 0)
+        ASSERT_EQ(lse(h, i), none);
+      else
+        ASSERT_NEAR(lse(h, i), std::log(sum(i, h)), 1e-6 * (1 + std::abs(lse(h, i))));
+    }
+  expect_close(y, [&](int64_t i, int64_t j) {
+    const int64_t h = j / H;
+    const double from_a = a_lse(i, h) == none ? 0 : a(i, j) * std::exp(a_lse(i, h)), from_b = b_lse(h, i) == none ? 0 : b(i, j) * std::exp(b_lse(h, i));
+    return sum(i, h) == 0 ? 0 : (from_a + from_b) / sum(i, h);
+  });
+  if (y_type != a_type) return;
+  cpu::merge(args(a.m(), a_lse.m(), 1), 0, rows);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < n * H; ++j) {
+      ASSERT_EQ(a(i, j), y(i, j)) << "in place";
+      ASSERT_EQ(a_lse(i, j / H), lse(j / H, i)) << "in place";
+    }
+}
+
 TEST_P(KernelsTest, SwigluAndItsGradientMatchTheirFormula) {
   const int64_t F = c.columns;
   const Values gate_up = random(c.rows, 2 * F, 1, 3), da = random(c.rows, F, 2);
@@ -272,6 +390,10 @@ TEST_P(KernelsTest, EmbedAndItsGradientFollowTheIds) {
     for (int64_t j = 0; j < c.columns; ++j)
       in_order.set(i * i % V, j, static_cast<double>(static_cast<float>(in_order(i * i % V, j)) + static_cast<float>(dh(i, j))));
   EXPECT_TRUE(dtable == in_order);
+  Values skipping = dtable0;
+  cpu::embed_grad({.dtable = skipping.m(), .dh = dh.m(), .ids = ids.m(), .skip_id = 4}, 0, c.columns);
+  for (int64_t r = 0; r < V; ++r)
+    for (int64_t j = 0; j < c.columns; ++j) ASSERT_EQ(skipping(r, j), r == 4 ? dtable0(r, j) : in_order(r, j));
 }
 
 TEST_P(KernelsTest, ZeroCopyAndAddReachEveryElement) {
@@ -413,6 +535,73 @@ TEST(AdamwTest, BitsAreThoseOfTheWrittenFormula) {
     ASSERT_EQ(static_cast<float>(m(0, i)), m1);
     ASSERT_EQ(static_cast<float>(v(0, i)), v1);
     ASSERT_EQ(static_cast<float>(master(0, i)), std::fma(k.step_size, ratio, decayed));
+  }
+}
+
+TEST(AdamwTest, ChangesNothingWhereTheNormOrTheLossIsNotFinite) {
+  const int64_t n = 100;
+  for (const bool splits : {false, true})
+    for (const double bad :
+         {std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN(), 1.0}) {
+      for (const bool in_loss : {false, true}) {
+        Values weight = Values::random(1, n, Dtype::kBf16, 0, 1), low = Values::random(1, n, Dtype::kBf16, 0, 2),
+               master = Values::random(1, n, Dtype::kF32, 0, 3), m = Values::random(1, n, Dtype::kF32, 0, 4), v(1, n, Dtype::kF32),
+               gradient = Values::random(1, n, Dtype::kF32, 0, 5);
+        const Values weight0 = weight, low0 = low, master0 = master, m0 = m, v0 = v, gradient0 = gradient;
+        const double norm = in_loss ? 1 : bad, loss = in_loss ? bad : 1;
+        AdamwArgs a{.weight = weight.m().data, .weight_dtype = Dtype::kBf16, .count = n, .squared_norm = &norm, .loss = &loss, .learning_rate = 0.1};
+        a.master = splits ? nullptr : static_cast<float*>(master.m().data), a.low = splits ? static_cast<int16_t*>(low.m().data) : nullptr;
+        a.m = static_cast<float*>(m.m().data), a.v = static_cast<float*>(v.m().data), a.gradient = static_cast<float*>(gradient.m().data);
+        cpu::adamw(a, 0, n);
+        const bool same = weight == weight0 && low == low0 && master == master0 && m == m0 && v == v0 && gradient == gradient0;
+        EXPECT_EQ(same, bad != 1.0) << bad << (in_loss ? " loss" : " norm");
+      }
+    }
+}
+
+TEST(AdamwTest, ASplitMasterIsTheMasterToTheBit) {
+  const int64_t n = 1000;
+  Values master = Values::random(1, n, Dtype::kF32, 0, 1), m = Values::random(1, n, Dtype::kF32, 0, 2), v(1, n, Dtype::kF32), rounded(1, n, Dtype::kBf16);
+  std::vector<uint16_t> weight(n);
+  std::vector<int16_t> low(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const SplitFloat x = split(static_cast<float>(master(0, i)));
+    weight[static_cast<size_t>(i)] = x.weight, low[static_cast<size_t>(i)] = x.low;
+  }
+  Values m1 = m, v1 = v;
+  for (int64_t step = 1; step <= 3; ++step) {
+    Values gradient = Values::random(1, n, Dtype::kF32, 0, static_cast<unsigned>(step) + 2), gradient1 = gradient;
+    AdamwArgs whole{.weight = rounded.m().data, .weight_dtype = Dtype::kBf16, .count = n, .learning_rate = 0.01, .weight_decay = 0.1, .step = step};
+    AdamwArgs halves = whole;
+    whole.master = static_cast<float*>(master.m().data), whole.m = static_cast<float*>(m.m().data), whole.v = static_cast<float*>(v.m().data);
+    whole.gradient = static_cast<float*>(gradient.m().data);
+    halves.weight = weight.data(), halves.low = low.data(), halves.m = static_cast<float*>(m1.m().data), halves.v = static_cast<float*>(v1.m().data);
+    halves.gradient = static_cast<float*>(gradient1.m().data);
+    cpu::adamw(whole, 0, n);
+    cpu::adamw(halves, 0, 7), cpu::adamw(halves, 7, n);
+    EXPECT_TRUE(m == m1 && v == v1 && gradient == gradient1);
+    for (int64_t i = 0; i < n; ++i)
+      ASSERT_EQ(static_cast<double>(join(weight[static_cast<size_t>(i)], low[static_cast<size_t>(i)])), master(0, i)) << "step " << step << " element " << i;
+  }
+}
+
+TEST(SplitFloatTest, JoinsToEveryNumberItCameFrom) {
+  std::vector<uint32_t> highs = {0x0000, 0x0001, 0x007f, 0x0080, 0x7f7f, 0x7f00, 0x3f80, 0x3fff, 0x4000, 0x1234, 0x5555};
+  for (uint32_t exponent = 1; exponent < 255; exponent += 23) highs.push_back(exponent << 7), highs.push_back((exponent << 7) - 1);
+  for (const uint32_t sign : {0u, 0x8000u})
+    for (const uint32_t high : highs)
+      for (uint32_t low = 0; low < 65536; ++low) {
+        const uint32_t bits = (sign | high) << 16 | low;
+        const float x = std::bit_cast<float>(bits);
+        const SplitFloat s = split(x);
+        ASSERT_EQ(std::bit_cast<uint32_t>(join(s.weight, s.low)), bits) << std::hex << bits;
+        const bool halfway = low == 0x8000;
+        ASSERT_EQ(s.weight, halfway ? (sign | high) + 1 : to_bf16(x).bits) << std::hex << bits;
+      }
+  for (const float x : {INFINITY, -INFINITY}) EXPECT_EQ(join(split(x).weight, split(x).low), x);
+  for (const uint32_t bits : {0x7fffffffu, 0xffffffffu, 0x7f800001u, 0xffc00000u}) {
+    const SplitFloat s = split(std::bit_cast<float>(bits));
+    EXPECT_TRUE(std::isnan(join(s.weight, s.low)) && std::isnan(to_float(Bf16{s.weight}))) << std::hex << bits;
   }
 }
 

@@ -17,6 +17,10 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "cases"))
+
+import fixtures  # noqa: E402
+
 ULYSSES = pathlib.Path(os.environ.get("ULYSSES_BUILD", ROOT / "build")).resolve() / "ulysses"
 
 CONFIG = {
@@ -79,12 +83,14 @@ class Job:
         answer = {"tokens": str(folder / "tokens.safetensors"), "num_samples": 2, "longest": 5, "num_tokens": 8, "num_trained_tokens": 5, "cached": True}
         write_script(folder / "python", f"#!/bin/sh\ncp \"$4\" {self.notes}/request.json\necho '{json.dumps(answer)}'\n")
         write_script(folder / "engine", ENGINE.replace("PYTHON", sys.executable))
-        self.environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
-        self.environment |= {"ULYSSES_PYTHON": str(folder / "python"), "ULYSSES_ENGINE": str(folder / "engine"), "NOTES": str(self.notes)}
+        self.program = ULYSSES
+        self.environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "CUDA_DEVICE_ORDER", "ULYSSES_SHARE_GPU", "OMP_NUM_THREADS")}
+        self.environment |= {"CUDA_VISIBLE_DEVICES": "", "ULYSSES_PYTHON": str(folder / "python"), "ULYSSES_ENGINE": str(folder / "engine"), "NOTES": str(self.notes)}
 
     def start(self, *arguments, actions=None, **environment):
         environment = self.environment | {"ACTIONS": json.dumps({str(k): v for k, v in (actions or {}).items()})} | environment
-        return subprocess.Popen([str(ULYSSES), *arguments], cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        environment = {k: v for k, v in environment.items() if v is not None}
+        return subprocess.Popen([str(self.program), *arguments], cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, *arguments, actions=None, **environment):
         process = self.start(*arguments, actions=actions, **environment)
@@ -211,6 +217,13 @@ def test_cuda_without_a_gpu_is_refused(job):
     assert done.returncode == 2 and done.err == "--device cuda: no GPU is visible: this machine has none\n"
 
 
+def test_a_profile_that_cannot_be_written_is_refused(job):
+    done = job.run("run.yml", "--device", "cpu", "--profile", "nowhere/trace.json")
+    assert (done.returncode, done.err) == (2, "--profile: nowhere/trace.json cannot be written: No such file or directory\n")
+    done = job.run("run.yml", "--device", "cpu", "--profile", "model")
+    assert (done.returncode, done.err) == (2, "--profile: expected a file, found the folder model\n")
+
+
 def test_what_comes_later_is_planned_but_not_trained(job):
     assert job.run("plan", "run.yml", "data.pack_samples=true").returncode == 0
     done = job.run("train", "run.yml", "data.pack_samples=true")
@@ -243,6 +256,47 @@ def test_every_rank_gets_its_place_and_the_same_command(job):
         assert int(note["env"]["OMP_NUM_THREADS"]) == max(1, os.cpu_count() // 4)
         assert note["argv"][:2] == ["train", "run.yml"] and note["argv"][-1] == "epochs=2"
         assert note["argv"][note["argv"].index("--tokens") + 1] == str(job.folder / "tokens.safetensors")
+
+
+def test_a_profile_is_left_to_the_engine(job):
+    assert job.run("run.yml", "--device", "cpu", "--profile", "trace.json", "epochs=2").returncode == 0
+    for rank in range(2):
+        argv = job.note(rank)["argv"]
+        assert argv[argv.index("--profile") + 1] == "trace.json" and argv[-1] == "epochs=2"
+    job.run("run.yml", "--device", "cpu")
+    assert "--profile" not in job.note(0)["argv"]
+
+
+def on_gpus(job, count, **more):
+    """A machine with so many GPUs and a program that can use them."""
+    job.program = fixtures.program_with_gpu_part(ULYSSES, job.folder)
+    return fixtures.fake_gpus(*[fixtures.gpu()] * count, **more)
+
+
+@pytest.mark.parametrize("arguments", [["--device", "cuda"], []])
+def test_ranks_are_told_to_use_the_gpus_as_they_were_counted(job, arguments):
+    done = job.run("run.yml", *arguments, **on_gpus(job, 2))
+    assert done.returncode == 0, done.err
+    assert done.err == ("" if arguments else "device: cuda (2 x NVIDIA H200, 139.8 GiB each)\n")
+    for rank in range(2):
+        note = job.note(rank)
+        assert note["argv"][note["argv"].index("--device") + 1] == "cuda"
+        assert (note["env"]["LOCAL_RANK"], note["env"]["CUDA_DEVICE_ORDER"]) == (str(rank), "PCI_BUS_ID")
+
+
+def test_ranks_share_gpus_only_when_that_is_asked_for(job):
+    environment = on_gpus(job, 1)
+    done = job.run("run.yml", "--device", "cuda", **environment)
+    assert (done.returncode, done.err) == (2, "2 ranks need as many GPUs on this machine; this machine shows 1\n")
+    assert job.run("run.yml", "--device", "cuda", **environment, ULYSSES_SHARE_GPU="1").returncode == 0
+    assert job.note(1)["env"]["ULYSSES_SHARE_GPU"] == "1"
+
+
+def test_a_rank_of_another_launchers_job_uses_gpus_too(job):
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29877"}
+    done = job.run("run.yml", "--device", "cuda", **place, **on_gpus(job, 2))
+    assert done.returncode == 0, done.err
+    assert "cuda" in job.note(1)["argv"] and job.note(1)["env"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def test_the_device_is_said_aloud_when_it_was_not_asked_for(job):

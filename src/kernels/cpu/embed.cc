@@ -22,7 +22,9 @@ ULY_CLONES void embed_grad(const EmbedGradArgs& a, int64_t begin, int64_t end) {
   for_float_type(a.dh.dtype, "embed_grad", [&](auto t) ULY_INLINE_LAMBDA {
     using T = decltype(t);
     for (int64_t i = 0; i < a.dh.rows; ++i) {
-      float* sum = row_of<float>(a.dtable, *row_of<int64_t>(a.ids, i));
+      const int64_t id = *row_of<int64_t>(a.ids, i);
+      if (id == a.skip_id) continue;
+      float* sum = row_of<float>(a.dtable, id);
       const T* dh = row_of<T>(a.dh, i);
       ULY_LANES
       for (int64_t j = begin; j < end; ++j) sum[j] += to_float(dh[j]);

@@ -26,6 +26,23 @@ ULY_INLINE void adamw_range(const AdamwArgs& a, W* weight, int64_t begin, int64_
   }
 }
 
+ULY_INLINE void adamw_split_range(const AdamwArgs& a, int64_t begin, int64_t end) {
+  const AdamwConstants k = adamw_constants(a);
+  const float coefficient = clip_coefficient(a.squared_norm, a.clip);
+  uint16_t* __restrict weight = static_cast<uint16_t*>(a.weight);
+  int16_t* __restrict low = a.low;
+  float* __restrict m = a.m;
+  float* __restrict v = a.v;
+  float* __restrict gradient = a.gradient;
+  ULY_LANES
+  for (int64_t i = begin; i < end; ++i) {
+    const SplitFloat updated = split(adamw_element(k, coefficient, gradient[i], m[i], v[i], join(weight[i], low[i])));
+    weight[i] = updated.weight;
+    low[i] = updated.low;
+    gradient[i] = 0.0f;
+  }
+}
+
 }  // namespace
 
 ULY_CLONES void squared_norm_blocks(const SquaredNormArgs& a, int64_t begin, int64_t end) {
@@ -52,6 +69,8 @@ void squared_norm_total(const SquaredNormArgs& a) {
 }
 
 ULY_CLONES void adamw(const AdamwArgs& a, int64_t begin, int64_t end) {
+  if (!finite(a.squared_norm) || !finite(a.loss)) return;
+  if (a.low != nullptr) return a.weight_dtype == Dtype::kBf16 ? adamw_split_range(a, begin, end) : unsupported_dtype("adamw");
   if (a.weight == a.master) return adamw_range<void>(a, nullptr, begin, end);
   if (a.weight_dtype == Dtype::kBf16) return adamw_range(a, static_cast<Bf16*>(a.weight), begin, end);
   if (a.weight_dtype == Dtype::kF32) return adamw_range(a, static_cast<float*>(a.weight), begin, end);

@@ -40,8 +40,8 @@ ULY_INLINE float sum_of_squares(const T* x, int64_t n) {
   return sum_of_lanes(lane);
 }
 
-template <typename T, typename W>
-ULY_INLINE float sum_of_triple_products(const T* x, const T* y, const W* w, int64_t n) {
+template <typename X, typename Y, typename W>
+ULY_INLINE float sum_of_triple_products(const X* x, const Y* y, const W* w, int64_t n) {
   float lane[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)

@@ -12,10 +12,13 @@ __device__ __forceinline__ V warp_sum(V v) {
   return v;
 }
 
-// The same over groups of `lanes` threads, a power of two up to 32.
-__device__ __forceinline__ float group_sum(float v, int lanes) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
+// The same for each of N values over groups of threads.
+template <int N>
+__device__ __forceinline__ void group_sums(float (&v)[N], Lanes lanes) {
+  for (int offset = lanes.count / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
+  }
 }
 
 // Every thread gets the sum, after one barrier. `shared` has a value a warp and must not be that of the call before.

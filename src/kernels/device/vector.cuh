@@ -41,8 +41,11 @@ __device__ __forceinline__ void unpack_pair(uint32_t pair, float& low, float& hi
   high = __uint_as_float(pair & 0xffff0000u);
 }
 
+// One instruction for both; the bits of to_bf16, but for which NaN a NaN becomes.
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  return static_cast<uint32_t>(to_bf16(low).bits) | static_cast<uint32_t>(to_bf16(high).bits) << 16;
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 template <int W>
@@ -101,6 +104,79 @@ __device__ __forceinline__ void store(Bf16* p, const float (&v)[W]) {
   else
     *p = to_bf16(v[0]);
 }
+
+// W adjacent elements as they lie in memory: until they are used, bf16 takes half the registers of fp32.
+template <typename T, int W>
+struct Held {
+  static constexpr int kWords = W * static_cast<int>(sizeof(T)) / 16;
+  static_assert(kWords * 16 == W * static_cast<int>(sizeof(T)));
+  uint4 words[kWords];
+
+  __device__ __forceinline__ void fetch(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(p)[i];
+  }
+  __device__ __forceinline__ void put(T* p) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
+  }
+  __device__ __forceinline__ void get(float (&v)[W]) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint4 x = words[i];
+      if constexpr (sizeof(T) == 2) {
+        unpack_pair(x.x, v[8 * i], v[8 * i + 1]), unpack_pair(x.y, v[8 * i + 2], v[8 * i + 3]);
+        unpack_pair(x.z, v[8 * i + 4], v[8 * i + 5]), unpack_pair(x.w, v[8 * i + 6], v[8 * i + 7]);
+      } else {
+        v[4 * i] = __uint_as_float(x.x), v[4 * i + 1] = __uint_as_float(x.y);
+        v[4 * i + 2] = __uint_as_float(x.z), v[4 * i + 3] = __uint_as_float(x.w);
+      }
+    }
+  }
+};
+
+template <typename T>
+struct Held<T, 1> {
+  T value;
+
+  __device__ __forceinline__ void fetch(const T* p) { value = *p; }
+  __device__ __forceinline__ void put(T* p) const { *p = value; }
+  __device__ __forceinline__ void get(float (&v)[1]) const { v[0] = to_float(value); }
+};
+
+// Elements of 16 bytes.
+template <typename T>
+inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// Threads of one warp that work on a head together: a power of two, enough for a vector each, at most 32.
+struct Lanes {
+  int count, log2;
+
+  // Which group of its block a thread belongs to, which thread of the group it is, and how many groups a block of 256 has.
+  __device__ __forceinline__ int group() const { return static_cast<int>(threadIdx.x) >> log2; }
+  __device__ __forceinline__ int mine() const { return static_cast<int>(threadIdx.x) & (count - 1); }
+  __host__ __device__ __forceinline__ int groups() const { return 256 >> log2; }
+};
+
+inline Lanes lanes_for(int64_t vectors) {
+  Lanes lanes{1, 0};
+  while (lanes.count < 32 && lanes.count < vectors) lanes = {lanes.count * 2, lanes.log2 + 1};
+  return lanes;
+}
+
+// Where unit = row * per_row + place lies.
+struct Place {
+  int64_t row, place;
+};
+
+__device__ __forceinline__ Place place_of(int64_t unit, int64_t per_row) {
+  if ((unit | per_row) >> 32 != 0) return {unit / per_row, unit % per_row};
+  const uint32_t row = static_cast<uint32_t>(unit) / static_cast<uint32_t>(per_row);
+  return {row, static_cast<uint32_t>(unit) - row * static_cast<uint32_t>(per_row)};
+}
+
+// Returns a grid for so many units. A grid holds 2^31 - 1 blocks; no device has the memory for units that need more.
+inline unsigned blocks_for(int64_t units, int64_t per_block) { return static_cast<unsigned>((units + per_block - 1) / per_block); }
 
 // Blocks of tx x ty threads: tx along columns, ty along rows.
 struct Launch {

@@ -5,42 +5,22 @@
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 
 #include "base/check.h"
-#include "engine/engine.h"
+#include "engine/cpu/cpu_engine.h"
 
 namespace uly::engine {
 namespace {
-
-// `groups` key-value heads in a row, each with `queries` query heads.
-struct HeadSpan {
-  int64_t first_query = 0, queries = 0, first_kv = 0, groups = 0;
-};
-
-std::vector<HeadSpan> spans(const ops::Heads& h) {
-  std::vector<HeadSpan> out;
-  for (int64_t i = 0; i < h.n;) {
-    const int64_t global = h.first_head + i, kv = global / h.G, count = std::min(h.n - i, (kv + 1) * h.G - global);
-    const int64_t local_kv = kv - h.first_head / h.G;
-    if (!out.empty() && out.back().queries == count) {
-      ++out.back().groups;
-    } else {
-      out.push_back({.first_query = i, .queries = count, .first_kv = local_kv, .groups = 1});
-    }
-    i += count;
-  }
-  return out;
-}
 
 // Views of one document's rows of a matrix as ATen wants them: [groups, queries, rows, H].
 struct Views {
   int64_t first_row, rows, H;
 
-  at::Tensor queries(const at::Tensor& x, const HeadSpan& span, int64_t first_column) const {
+  at::Tensor queries(const at::Tensor& x, const ops::HeadSpan& span, int64_t first_column) const {
     return x.narrow(0, first_row, rows).narrow(1, first_column + span.first_query * H, span.groups * span.queries * H).view({rows, span.groups, span.queries, H}).permute({1, 2, 0, 3});
   }
-  at::Tensor keys(const at::Tensor& x, const HeadSpan& span, int64_t first_column) const {  // [groups, 1, rows, H]
+  at::Tensor keys(const at::Tensor& x, const ops::HeadSpan& span, int64_t first_column) const {  // [groups, 1, rows, H]
     return x.narrow(0, first_row, rows).narrow(1, first_column + span.first_kv * H, span.groups * H).view({rows, span.groups, 1, H}).permute({1, 2, 0, 3});
   }
-  at::Tensor lse(const at::Tensor& x, const HeadSpan& span) const {  // [groups, queries, rows]
+  at::Tensor lse(const at::Tensor& x, const ops::HeadSpan& span) const {  // [groups, queries, rows]
     return x.narrow(0, first_row, rows).narrow(1, span.first_query, span.groups * span.queries).view({rows, span.groups, span.queries}).permute({1, 2, 0});
   }
 };
@@ -49,18 +29,18 @@ struct Views {
 template <typename F>
 void for_documents(const std::vector<int64_t>& starts, const ops::Heads& h, int64_t S, F&& f) {
   ULY_CHECK(!starts.empty() && starts.back() == S, "document starts end with the sequence");
-  const std::vector<HeadSpan> all = spans(h);
+  const std::vector<ops::HeadSpan> all = ops::head_spans(h, INT64_MAX);
   for (size_t d = 0; d + 1 < starts.size(); ++d)
-    for (const HeadSpan& span : all)
+    for (const ops::HeadSpan& span : all)
       if (starts[d + 1] > starts[d]) f(Views{starts[d], starts[d + 1] - starts[d], h.H}, span);
 }
 
 }  // namespace
 
-void Engine::attention(ops::Buffer o_SnH, ops::Buffer lse_Sn, ops::Buffer qkv_S, const ops::Heads& h) {
+void CpuEngine::attention(ops::Buffer o_SnH, ops::Buffer lse_Sn, ops::Buffer qkv_S, ops::Buffer, const ops::Heads& h, const ops::AttentionSchedule&) {
   const at::Tensor qkv = tensor(qkv_S), o = tensor(o_SnH), lse = tensor(lse_Sn);
   const int64_t key_at = h.n * h.H, value_at = (h.n + h.k) * h.H;
-  for_documents(batch_.document_starts, h, qkv_S.rows, [&](const Views& rows, const HeadSpan& span) {
+  for_documents(batch().document_starts, h, qkv_S.rows, [&](const Views& rows, const ops::HeadSpan& span) {
     const at::Tensor q = rows.queries(qkv, span, 0);
     const at::Tensor k = rows.keys(qkv, span, key_at).expand(q.sizes()), v = rows.keys(qkv, span, value_at).expand(q.sizes());
     const auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, /*is_causal=*/true);
@@ -69,12 +49,12 @@ void Engine::attention(ops::Buffer o_SnH, ops::Buffer lse_Sn, ops::Buffer qkv_S,
   });
 }
 
-void Engine::attention_grad(ops::Buffer dqkv_S, ops::Buffer do_SnH, ops::Buffer qkv_S, ops::Buffer o_SnH, ops::Buffer lse_Sn, const ops::Heads& h) {
+void CpuEngine::attention_grad(ops::Buffer dqkv_S, ops::Buffer do_SnH, ops::Buffer qkv_S, ops::Buffer o_SnH, ops::Buffer lse_Sn, ops::Buffer, const ops::Heads& h, const ops::AttentionSchedule&) {
   const at::Tensor qkv = tensor(qkv_S), o = tensor(o_SnH), d_o = tensor(do_SnH), lse = tensor(lse_Sn), dqkv = tensor(dqkv_S);
   const int64_t key_at = h.n * h.H, value_at = (h.n + h.k) * h.H;
   // Spans of one key-value head write disjoint columns except where uneven spans share none: each local key-value head
   // belongs to exactly one span, so gradients are written, not added.
-  for_documents(batch_.document_starts, h, qkv_S.rows, [&](const Views& rows, const HeadSpan& span) {
+  for_documents(batch().document_starts, h, qkv_S.rows, [&](const Views& rows, const ops::HeadSpan& span) {
     const at::Tensor q = rows.queries(qkv, span, 0);
     const at::Tensor k = rows.keys(qkv, span, key_at).expand(q.sizes()), v = rows.keys(qkv, span, value_at).expand(q.sizes());
     const auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(rows.queries(d_o, span, 0), q, k, v, rows.queries(o, span, 0), rows.lse(lse, span), 0.0, /*is_causal=*/true);

@@ -3,7 +3,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 
-#include "engine/engine.h"
+#include "engine/cpu/cpu_engine.h"
 
 namespace uly::engine {
 namespace {
@@ -21,7 +21,7 @@ at::Tensor fp32(const at::Tensor& t) { return t.to(at::kFloat); }
 
 }  // namespace
 
-void Engine::linear(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI) {
+void CpuEngine::linear(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI) {
   at::Tensor y = tensor(y_tO);
   const at::Tensor x = tensor(x_tI), w = tensor(w_OI);
   if (!bf16(x)) {
@@ -32,7 +32,7 @@ void Engine::linear(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI) {
   for_row_tiles(x.size(0), [&](int64_t first, int64_t n) { y.narrow(0, first, n).copy_(at::mm(fp32(x.narrow(0, first, n)), w32.t())); });
 }
 
-void Engine::linear_add(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI, ops::Buffer r_tO) {
+void CpuEngine::linear_add(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI, ops::Buffer r_tO) {
   at::Tensor y = tensor(y_tO);
   const at::Tensor x = tensor(x_tI), w = tensor(w_OI), r = tensor(r_tO);
   if (!bf16(x)) {
@@ -43,7 +43,7 @@ void Engine::linear_add(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI, op
   for_row_tiles(x.size(0), [&](int64_t first, int64_t n) { y.narrow(0, first, n).copy_(at::addmm(fp32(r.narrow(0, first, n)), fp32(x.narrow(0, first, n)), w32.t())); });
 }
 
-void Engine::linear_dx(ops::Buffer dx_tI, ops::Buffer dy_tO, ops::Buffer w_OI) {
+void CpuEngine::linear_dx(ops::Buffer dx_tI, ops::Buffer dy_tO, ops::Buffer w_OI) {
   at::Tensor dx = tensor(dx_tI);
   const at::Tensor dy = tensor(dy_tO), w = tensor(w_OI);
   if (!bf16(dy)) {
@@ -54,7 +54,7 @@ void Engine::linear_dx(ops::Buffer dx_tI, ops::Buffer dy_tO, ops::Buffer w_OI) {
   for_row_tiles(dy.size(0), [&](int64_t first, int64_t n) { dx.narrow(0, first, n).copy_(at::mm(fp32(dy.narrow(0, first, n)), w32)); });
 }
 
-void Engine::linear_dw(ops::Buffer dw_OI, ops::Buffer dy_tO, ops::Buffer x_tI) {
+void CpuEngine::linear_dw(ops::Buffer dw_OI, ops::Buffer dy_tO, ops::Buffer x_tI) {
   at::Tensor dw = tensor(dw_OI);
   const at::Tensor dy = tensor(dy_tO), x = tensor(x_tI);
   if (!bf16(dy)) {

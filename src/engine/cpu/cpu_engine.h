@@ -1,0 +1,62 @@
+// The engine on the CPU: ATen's GEMMs and attention, the kernels of kernels/cpu, collectives over Gloo.
+//
+// Memory      besides the arenas, ATen's attention allocates its results, and bf16 GEMMs work on fp32 copies of their tiles
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "engine/engine.h"
+#include "memory/arena.h"
+
+namespace uly::engine {
+
+class CpuEngine final : public Engine {
+ public:
+  // Groups outlive the engine.
+  using Engine::Engine;
+
+  void read(void* host, const ops::Buffer& b) override;
+  void write(const ops::Buffer& b, const void* host) override;
+  int64_t touched_step_bytes() const override { return step_arena_.touched_bytes(); }
+
+  void zero(ops::Buffer y) override;
+  void copy(ops::Buffer y, ops::Buffer x) override;
+  void linear(ops::Buffer y, ops::Buffer x, ops::Buffer w) override;
+  void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer w, ops::Buffer r) override;
+  void linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer w) override;
+  void linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer x) override;
+  void add_bias(ops::Buffer y, ops::Buffer b) override;
+  void bias_grad(ops::Buffer db, ops::Buffer dy) override;
+  void rms_norm(ops::Buffer y, ops::Buffer rstd, ops::Buffer x, ops::Buffer w, double eps) override;
+  void rms_norm_grad(ops::Buffer dx, ops::Buffer dw, ops::Buffer dy, ops::Buffer x, ops::Buffer rstd, ops::Buffer w) override;
+  void norm_rope(ops::Buffer x, ops::Buffer raw, ops::Buffer rstd, ops::Buffer w, ops::Buffer table, double eps) override;
+  void norm_rope_grad(ops::Buffer dx, ops::Buffer dw, ops::Buffer raw, ops::Buffer rstd, ops::Buffer w, ops::Buffer table) override;
+  void rope_table(ops::Buffer table) override;
+  void rope(ops::Buffer x, ops::Buffer table, int direction) override;
+  void attention(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) override;
+  void attention_grad(ops::Buffer dqkv, ops::Buffer d_o, ops::Buffer qkv, ops::Buffer o, ops::Buffer lse, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) override;
+  void swiglu(ops::Buffer a, ops::Buffer gate_up) override;
+  void swiglu_grad(ops::Buffer gate_up, ops::Buffer a, ops::Buffer da) override;
+  void cross_entropy(ops::Buffer logits, ops::Buffer loss, ops::Buffer labels) override;
+  void sum_loss(ops::Buffer total, ops::Buffer loss) override;
+  void embed(ops::Buffer h, ops::Buffer table, ops::Buffer ids) override;
+  void embed_grad(ops::Buffer dtable, ops::Buffer dh, ops::Buffer ids) override;
+  void pack_columns(ops::Buffer send, ops::Buffer x, const ops::ColumnBlocks& blocks) override;
+  void unpack_columns(ops::Buffer x, ops::Buffer received, const ops::ColumnBlocks& blocks) override;
+  ops::Event all_to_all(ops::Buffer received, ops::Buffer send, ops::Group group, const std::vector<int64_t>& receive_elements, const std::vector<int64_t>& send_elements) override;
+  ops::Event all_gather(ops::Buffer whole, ops::Buffer shard, ops::Group group) override;
+  ops::Event scatter(ops::Buffer received, ops::Buffer whole, ops::Group group) override;
+  void sum_pieces(ops::Buffer shard, ops::Buffer received, int64_t pieces) override;
+  ops::Event all_reduce(ops::Buffer x, ops::Group group) override;
+  void squared_norm(ops::Buffer total, ops::Buffer x) override;
+  void adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) override;
+
+ private:
+  std::byte* reserve(ops::Life life, int64_t bytes) override;
+  void load_batch(const ops::Buffer& table) override;
+  at::Tensor tensor(const ops::Buffer& b) const;
+
+  memory::Arena run_arena_, step_arena_;
+};
+
+}  // namespace uly::engine

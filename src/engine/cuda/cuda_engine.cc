@@ -1,0 +1,206 @@
+#include "engine/cuda/cuda_engine.h"
+
+#include <cstring>
+
+#include "base/check.h"
+#include "base/units.h"
+#include "engine/cuda/flash.h"
+
+namespace uly::engine::cuda {
+
+CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOptions& options) : Engine(world, sequence), options_(options) {
+  check(cudaSetDevice(options.device), fmt::format("GPU {}", options.device).c_str());
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream");
+  gemm_workspace_ = Memory(Place::kDevice, ops::kGemmWorkspaceBytes);
+  scratch_ = Memory(Place::kDevice, options.scratch_bytes);
+  gemm_.emplace(stream_, gemm_workspace_.base());
+  attention_.emplace(stream_);
+}
+
+CudaEngine::~CudaEngine() {
+  cudaStreamSynchronize(stream_);
+  attention_.reset();
+  gemm_.reset();
+  cudaStreamDestroy(stream_);
+}
+
+std::byte* CudaEngine::reserve(ops::Life life, int64_t bytes) {
+  Memory& memory = life == ops::Life::kRun ? run_ : step_;
+  finish();
+  memory = Memory();
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "asking for free memory");
+  if (bytes > static_cast<int64_t>(free)) out_of_memory(bytes);
+  memory = Memory(Place::kDevice, bytes);
+  if (life == ops::Life::kRun) check(cudaMemsetAsync(memory.base(), 0, static_cast<size_t>(bytes), stream_), "emptying memory");
+  return memory.base();
+}
+
+void CudaEngine::out_of_memory(int64_t bytes) {
+  size_t free = 0, total = 0;
+  cudaMemGetInfo(&free, &total);
+  std::string words = fmt::format("GPU {} out of memory{}: {} wanted, {} free of {}", options_.device, where().empty() ? "" : " at " + where(), format_bytes(bytes), format_bytes(static_cast<int64_t>(free)), format_bytes(static_cast<int64_t>(total)));
+  if (options_.advice) words += options_.advice(static_cast<int64_t>(free) + run_.bytes() + step_.bytes());
+  throw DeviceError(words);
+}
+
+void CudaEngine::finish() {
+  check(cudaStreamSynchronize(stream_), where().c_str());
+  staged_used_ = 0;
+}
+
+void CudaEngine::read(void* host, const ops::Buffer& b) {
+  ULY_CHECK(b.contiguous(), "only whole rows are read");
+  check(cudaMemcpyAsync(host, address(b), static_cast<size_t>(b.bytes()), cudaMemcpyDeviceToHost, stream_), "copy to the host");
+  finish();
+}
+
+void CudaEngine::write(const ops::Buffer& b, const void* host) {
+  ULY_CHECK(b.contiguous(), "only whole rows are written");
+  check(cudaMemcpyAsync(address(b), host, static_cast<size_t>(b.bytes()), cudaMemcpyHostToDevice, stream_), "copy to the GPU");
+  finish();
+}
+
+std::map<std::string, double> CudaEngine::seconds() { return timers_.take(); }
+
+void CudaEngine::mark(std::string_view where, int64_t layer) {
+  Engine::mark(where, layer);
+  where_.reset();
+  where_.emplace(this->where().c_str());
+}
+
+void* CudaEngine::scratch(int64_t bytes) {
+  if (bytes > scratch_.bytes()) throw InternalError(fmt::format("{}: {} bytes of scratch wanted, {} planned", where(), bytes, scratch_.bytes()));
+  return scratch_.base();
+}
+
+void CudaEngine::send(void* to, const void* from, int64_t bytes) {
+  if (bytes == 0) return;
+  if (staged_used_ == staged_.size()) staged_.emplace_back();
+  Memory& pinned = staged_[staged_used_++];
+  if (pinned.bytes() < bytes) {
+    pinned = Memory();
+    pinned = Memory(Place::kHost, bytes + bytes / 4);
+  }
+  std::memcpy(pinned.base(), from, static_cast<size_t>(bytes));
+  check(cudaMemcpyAsync(to, pinned.base(), static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_), "copy to the GPU");
+}
+
+void CudaEngine::load_batch(const ops::Buffer& table) {
+  const auto bytes = [](const auto& v) { return static_cast<int64_t>(v.size() * sizeof v[0]); };
+  send(address(input(ops::Input::kIds_s)), batch().ids.data(), bytes(batch().ids));
+  send(address(input(ops::Input::kLabels_s)), batch().labels.data(), bytes(batch().labels));
+  send(address(input(ops::Input::kPositions_s)), batch().positions.data(), bytes(batch().positions));
+  // The table holds what kernels look up: rope's frequencies first, then the documents of attention's calls.
+  table_ = table;
+  table_used_ = round_up(bytes(batch().inverse_frequencies), 256);
+  inverse_frequencies_ = static_cast<const float*>(address(table));
+  send(address(table), batch().inverse_frequencies.data(), bytes(batch().inverse_frequencies));
+  planned_ = false;
+  exchanges_.clear();
+}
+
+// --- linear maps
+
+void CudaEngine::linear(ops::Buffer y, ops::Buffer x, ops::Buffer w) {
+  const Range r = range(Work::kGemm, "linear");
+  gemm_->linear(matrix(y), matrix(x), matrix(w));
+}
+void CudaEngine::linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer w, ops::Buffer r_tO) {
+  const Range r = range(Work::kGemm, "linear_add");
+  gemm_->linear_add(matrix(y), matrix(x), matrix(w), matrix(r_tO));
+}
+void CudaEngine::linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer w) {
+  const Range r = range(Work::kGemm, "linear_dx");
+  gemm_->linear_dx(matrix(dx), matrix(dy), matrix(w));
+}
+void CudaEngine::linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer x) {
+  const Range r = range(Work::kGemm, "linear_dw");
+  gemm_->linear_dw(matrix(dw), matrix(dy), matrix(x));
+}
+
+// --- attention
+
+AttentionArgs CudaEngine::attention_args(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) {
+  AttentionArgs a{.qkv = matrix(qkv), .o = matrix(o), .lse = matrix(lse), .dqkv = {}, .d_o = {}, .workspace = matrix(workspace), .heads = heads, .schedule = schedule};
+  if (!planned_) {  // once a batch: its documents are the same in every layer
+    std::byte* at = static_cast<std::byte*>(address(table_)) + table_used_;
+    if (schedule.backend == ops::AttentionBackend::kCudnn) {
+      const std::vector<std::byte> image = attention_->plan(batch().document_starts, a, at);
+      send(at, image.data(), static_cast<int64_t>(image.size()));
+    } else {
+      const std::vector<int32_t> starts(batch().document_starts.begin(), batch().document_starts.end());
+      send(at, starts.data(), static_cast<int64_t>(starts.size() * sizeof(int32_t)));
+    }
+    planned_ = true;
+  }
+  return a;
+}
+
+void CudaEngine::attention(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) {
+  const Range r = range(Work::kAttention, "attention");
+  const AttentionArgs a = attention_args(o, lse, qkv, workspace, heads, schedule);
+  if (schedule.backend == ops::AttentionBackend::kCudnn) attention_->forward(a);
+  else flash_forward(a, batch().document_starts, static_cast<std::byte*>(address(table_)) + table_used_, stream_, options_.device);
+}
+
+void CudaEngine::attention_grad(ops::Buffer dqkv, ops::Buffer d_o, ops::Buffer qkv, ops::Buffer o, ops::Buffer lse, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) {
+  const Range r = range(Work::kAttentionGrad, "attention_grad");
+  AttentionArgs a = attention_args(o, lse, qkv, workspace, heads, schedule);
+  a.dqkv = matrix(dqkv), a.d_o = matrix(d_o);
+  if (schedule.backend == ops::AttentionBackend::kCudnn) attention_->backward(a);
+  else flash_backward(a, batch().document_starts, static_cast<std::byte*>(address(table_)) + table_used_, stream_, options_.device);
+}
+
+// --- exchanges, through pinned host memory
+
+ops::Event CudaEngine::exchange(const ops::Buffer& to, const ops::Buffer& from, const std::function<comm::Work(void*, void*)>& start) {
+  const Range r = range(Work::kExchange, "exchange");
+  Exchange& e = exchanges_.emplace_back();
+  e.from = Memory(Place::kHost, from.bytes());
+  e.to = Memory(Place::kHost, to.bytes());
+  e.into = to;
+  check(cudaMemcpyAsync(e.from.base(), address(from), static_cast<size_t>(from.bytes()), cudaMemcpyDeviceToHost, stream_), "copy to the host");
+  check(cudaStreamSynchronize(stream_), where().c_str());
+  e.work = start(e.to.base(), e.from.base());
+  return {static_cast<int32_t>(exchanges_.size()) - 1};
+}
+
+ops::Event CudaEngine::all_to_all(ops::Buffer received, ops::Buffer send, ops::Group which, const std::vector<int64_t>& receive_elements, const std::vector<int64_t>& send_elements) {
+  return exchange(received, send, [&](void* to, void* from) { return group(which).all_to_all(to, from, in_bytes(receive_elements, received.dtype), in_bytes(send_elements, send.dtype)); });
+}
+
+ops::Event CudaEngine::all_gather(ops::Buffer whole, ops::Buffer shard, ops::Group which) {
+  return exchange(whole, shard, [&](void* to, void* from) { return group(which).all_gather(to, from, shard.bytes()); });
+}
+
+ops::Event CudaEngine::scatter(ops::Buffer received, ops::Buffer whole, ops::Group which) {
+  const int64_t ranks = group(which).size();
+  const std::vector<int64_t> each(static_cast<size_t>(ranks), whole.bytes() / ranks);
+  return exchange(received, whole, [&](void* to, void* from) { return group(which).all_to_all(to, from, each, each); });
+}
+
+ops::Event CudaEngine::all_reduce(ops::Buffer x, ops::Group which) {
+  ULY_CHECK(x.dtype == Dtype::kF64, "sums over ranks are fp64");
+  return exchange(x, x, [&](void* to, void* from) {
+    std::memcpy(to, from, static_cast<size_t>(x.bytes()));
+    return group(which).all_reduce_sum(static_cast<double*>(to), x.elements());
+  });
+}
+
+void CudaEngine::wait(ops::Event event) {
+  if (event.id < 0) return;
+  const Range r = range(Work::kExchange, "wait");
+  Exchange& e = exchanges_[static_cast<size_t>(event.id)];
+  e.work.wait();
+  if (!e.to.base()) return;
+  check(cudaMemcpyAsync(address(e.into), e.to.base(), static_cast<size_t>(e.into.bytes()), cudaMemcpyHostToDevice, stream_), "copy to the GPU");
+  check(cudaStreamSynchronize(stream_), where().c_str());
+  e.from = Memory(), e.to = Memory();
+}
+
+}  // namespace uly::engine::cuda
+
+extern "C" __attribute__((visibility("default"))) uly::engine::Engine* ulysses_make_cuda_engine(uly::comm::Group* world, uly::comm::Group* sequence, const uly::engine::CudaOptions* options) {
+  return new uly::engine::cuda::CudaEngine(*world, *sequence, *options);
+}

@@ -1,0 +1,101 @@
+// The engine on an NVIDIA GPU: GEMMs by cuBLASLt, attention by cuDNN (or ATen's flash attention), everything else by
+// kernels/*.cu, all on one stream. Built into libulysses_cuda.so, which is loaded where a GPU is asked for (engine/make.h).
+//
+// Memory      the arenas, by cudaMalloc; besides kGemmWorkspaceBytes and scratch for kernels, and what CUDA, cuBLAS and
+//             cuDNN load for themselves
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <optional>
+
+#include "engine/cuda/attention.h"
+#include "engine/cuda/gemm.h"
+#include "engine/cuda/memory.h"
+#include "engine/cuda/range.h"
+#include "engine/engine.h"
+#include "engine/make.h"
+
+namespace uly::engine::cuda {
+
+class CudaEngine final : public Engine {
+ public:
+  CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOptions& options);
+  ~CudaEngine() override;
+
+  void finish() override;
+  void read(void* host, const ops::Buffer& b) override;
+  void write(const ops::Buffer& b, const void* host) override;
+  void mark(std::string_view where, int64_t layer) override;
+  void time(bool on) override { timers_.on = on; }
+  std::map<std::string, double> seconds() override;
+
+  void zero(ops::Buffer y) override;
+  void copy(ops::Buffer y, ops::Buffer x) override;
+  void linear(ops::Buffer y, ops::Buffer x, ops::Buffer w) override;
+  void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer w, ops::Buffer r) override;
+  void linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer w) override;
+  void linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer x) override;
+  void add_bias(ops::Buffer y, ops::Buffer b) override;
+  void bias_grad(ops::Buffer db, ops::Buffer dy) override;
+  void rms_norm(ops::Buffer y, ops::Buffer rstd, ops::Buffer x, ops::Buffer w, double eps) override;
+  void rms_norm_grad(ops::Buffer dx, ops::Buffer dw, ops::Buffer dy, ops::Buffer x, ops::Buffer rstd, ops::Buffer w) override;
+  void norm_rope(ops::Buffer x, ops::Buffer raw, ops::Buffer rstd, ops::Buffer w, ops::Buffer table, double eps) override;
+  void norm_rope_grad(ops::Buffer dx, ops::Buffer dw, ops::Buffer raw, ops::Buffer rstd, ops::Buffer w, ops::Buffer table) override;
+  void rope_table(ops::Buffer table) override;
+  void rope(ops::Buffer x, ops::Buffer table, int direction) override;
+  void attention(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) override;
+  void attention_grad(ops::Buffer dqkv, ops::Buffer d_o, ops::Buffer qkv, ops::Buffer o, ops::Buffer lse, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) override;
+  void swiglu(ops::Buffer a, ops::Buffer gate_up) override;
+  void swiglu_grad(ops::Buffer gate_up, ops::Buffer a, ops::Buffer da) override;
+  void cross_entropy(ops::Buffer logits, ops::Buffer loss, ops::Buffer labels) override;
+  void sum_loss(ops::Buffer total, ops::Buffer loss) override;
+  void embed(ops::Buffer h, ops::Buffer table, ops::Buffer ids) override;
+  void embed_grad(ops::Buffer dtable, ops::Buffer dh, ops::Buffer ids) override;
+  void pack_columns(ops::Buffer send, ops::Buffer x, const ops::ColumnBlocks& blocks) override;
+  void unpack_columns(ops::Buffer x, ops::Buffer received, const ops::ColumnBlocks& blocks) override;
+  ops::Event all_to_all(ops::Buffer received, ops::Buffer send, ops::Group group, const std::vector<int64_t>& receive_elements, const std::vector<int64_t>& send_elements) override;
+  ops::Event all_gather(ops::Buffer whole, ops::Buffer shard, ops::Group group) override;
+  ops::Event scatter(ops::Buffer received, ops::Buffer whole, ops::Group group) override;
+  void sum_pieces(ops::Buffer shard, ops::Buffer received, int64_t pieces) override;
+  ops::Event all_reduce(ops::Buffer x, ops::Group group) override;
+  void squared_norm(ops::Buffer total, ops::Buffer x) override;
+  void adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) override;
+  void wait(ops::Event event) override;
+
+ private:
+  std::byte* reserve(ops::Life life, int64_t bytes) override;
+  void load_batch(const ops::Buffer& table) override;
+  [[noreturn]] void out_of_memory(int64_t bytes);
+
+  // Memory for sums over rows, given out anew to each kernel: they run one after the other.
+  void* scratch(int64_t bytes);
+  // Copies to the device without waiting.
+  void send(void* to, const void* from, int64_t bytes);
+  AttentionArgs attention_args(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule);
+  // An exchange through host memory: waits for what `from` is computed by, starts; wait() brings the result to `to`.
+  ops::Event exchange(const ops::Buffer& to, const ops::Buffer& from, const std::function<comm::Work(void* to, void* from)>& start);
+  Range range(Work work, const char* name) { return Range(timers_, work, name, stream_); }
+
+  CudaOptions options_;
+  kernels::Stream stream_ = nullptr;
+  Memory run_, step_, gemm_workspace_, scratch_;
+  std::optional<Gemm> gemm_;
+  std::optional<Attention> attention_;
+  std::deque<Memory> staged_;  // pinned; what lies in them is on its way until finish()
+  size_t staged_used_ = 0;
+  ops::Buffer table_;
+  int64_t table_used_ = 0;
+  bool planned_ = false;       // attention's calls for this batch
+  const float* inverse_frequencies_ = nullptr;
+  struct Exchange {
+    Memory from, to;
+    ops::Buffer into;
+    comm::Work work;
+  };
+  std::vector<Exchange> exchanges_;
+  Timers timers_;
+  std::optional<Named> where_;
+};
+
+}  // namespace uly::engine::cuda

@@ -1,0 +1,149 @@
+#include "engine/cuda/gemm.h"
+
+#include <cublasLt.h>
+#include <fmt/format.h>
+
+#include <array>
+#include <map>
+#include <vector>
+
+#include "base/check.h"
+
+namespace uly::engine::cuda {
+namespace {
+
+void good(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  const std::string words = fmt::format("cuBLASLt: {}: {}", what, cublasLtGetStatusString(status));
+  if (status == CUBLAS_STATUS_EXECUTION_FAILED || status == CUBLAS_STATUS_ALLOC_FAILED || status == CUBLAS_STATUS_NOT_INITIALIZED) throw DeviceError(words);
+  throw InternalError(words);
+}
+
+// Handles that cuBLASLt gives out by address.
+template <typename T, auto kDestroy>
+class Owned {
+ public:
+  Owned() = default;
+  Owned(Owned&& o) noexcept : h_(o.h_) { o.h_ = nullptr; }
+  Owned& operator=(Owned&& o) noexcept {
+    std::swap(h_, o.h_);
+    return *this;
+  }
+  ~Owned() {
+    if (h_) kDestroy(h_);
+  }
+  T* out() { return &h_; }
+  operator T() const { return h_; }
+
+ private:
+  T h_ = nullptr;
+};
+using Operation = Owned<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy>;
+using Layout = Owned<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>;
+using Preference = Owned<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>;
+
+Layout layout(cudaDataType_t type, int64_t rows, int64_t columns, int64_t leading) {
+  Layout l;
+  good(cublasLtMatrixLayoutCreate(l.out(), type, static_cast<uint64_t>(rows), static_cast<uint64_t>(columns), leading), "layout");
+  return l;
+}
+
+struct Plan {
+  Operation operation;
+  Layout a, b, c, d;
+  cublasLtMatmulAlgo_t algorithm;
+};
+
+}  // namespace
+
+// D = op(A) op(B) + beta C, all column-major: m x n, summed over k.
+struct Gemm::Product {
+  cublasOperation_t op_a, op_b;
+  int64_t m, n, k;
+  const void *a, *b, *c;
+  void* d;
+  int64_t lda, ldb, ldc, ldd;
+  cudaDataType_t out;
+  float beta;
+};
+
+struct Gemm::Inside {
+  kernels::Stream stream;
+  void* workspace;
+  cublasLtHandle_t handle = nullptr;
+  std::map<std::array<int64_t, 12>, Plan> plans;
+
+  // How far an address is aligned, as far as algorithms care.
+  static int64_t alignment(const void* p) {
+    const auto a = reinterpret_cast<uintptr_t>(p);
+    return a % 256 == 0 ? 256 : static_cast<int64_t>(a & (~a + 1));
+  }
+
+  Plan make(const Product& p, int choice) const {
+    Plan plan;
+    const auto set = [&](cublasLtMatmulDescAttributes_t name, const auto& value) { good(cublasLtMatmulDescSetAttribute(plan.operation, name, &value, sizeof value), "operation"); };
+    good(cublasLtMatmulDescCreate(plan.operation.out(), CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation");
+    set(CUBLASLT_MATMUL_DESC_TRANSA, p.op_a);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, p.op_b);
+    plan.a = p.op_a == CUBLAS_OP_N ? layout(CUDA_R_16BF, p.m, p.k, p.lda) : layout(CUDA_R_16BF, p.k, p.m, p.lda);
+    plan.b = p.op_b == CUBLAS_OP_N ? layout(CUDA_R_16BF, p.k, p.n, p.ldb) : layout(CUDA_R_16BF, p.n, p.k, p.ldb);
+    plan.c = layout(p.out, p.m, p.n, p.ldc);
+    plan.d = layout(p.out, p.m, p.n, p.ldd);
+    Preference preference;
+    good(cublasLtMatmulPreferenceCreate(preference.out()), "preference");
+    const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, const auto& value) { good(cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value), "preference"); };
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(ops::kGemmWorkspaceBytes));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, static_cast<uint32_t>(alignment(p.a)));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(alignment(p.b)));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(alignment(p.c)));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(alignment(p.d)));
+    std::vector<cublasLtMatmulHeuristicResult_t> found(static_cast<size_t>(choice) + 1);
+    int count = 0;
+    good(cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.c, plan.d, preference, choice + 1, found.data(), &count), "no algorithm for this product");
+    ULY_CHECK(count > 0, "cuBLASLt has an algorithm");
+    plan.algorithm = found[static_cast<size_t>(std::min(choice, count - 1))].algo;
+    return plan;
+  }
+};
+
+Gemm::Gemm(kernels::Stream stream, void* workspace) : inside_(std::make_unique<Inside>()) {
+  inside_->stream = stream;
+  inside_->workspace = workspace;
+  good(cublasLtCreate(&inside_->handle), "start");
+}
+
+Gemm::~Gemm() {
+  inside_->plans.clear();
+  if (inside_->handle) cublasLtDestroy(inside_->handle);
+}
+
+void Gemm::run(const Product& p) {
+  if (p.m == 0 || p.n == 0 || p.k == 0) return;
+  const std::array<int64_t, 12> key{p.op_a,  p.op_b, p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.ldd, p.out * 2 + (p.beta != 0), Inside::alignment(p.a) * 512 + Inside::alignment(p.b),
+                                    Inside::alignment(p.c) * 512 + Inside::alignment(p.d)};
+  auto plan = inside_->plans.find(key);
+  if (plan == inside_->plans.end()) plan = inside_->plans.emplace(key, inside_->make(p, choice_)).first;
+  const float one = 1.0f;
+  good(cublasLtMatmul(inside_->handle, plan->second.operation, &one, p.a, plan->second.a, p.b, plan->second.b, &p.beta, p.c, plan->second.c, p.d, plan->second.d, &plan->second.algorithm, inside_->workspace,
+                      static_cast<size_t>(ops::kGemmWorkspaceBytes), inside_->stream),
+       "matrix product");
+}
+
+// A row-major matrix is the column-major transpose: y' = w x'.
+void Gemm::linear(const Matrix& y, const Matrix& x, const Matrix& w) {
+  run({.op_a = CUBLAS_OP_T, .op_b = CUBLAS_OP_N, .m = y.columns, .n = y.rows, .k = x.columns, .a = w.data, .b = x.data, .c = y.data, .d = y.data, .lda = w.stride, .ldb = x.stride, .ldc = y.stride, .ldd = y.stride, .out = CUDA_R_16BF, .beta = 0});
+}
+
+void Gemm::linear_add(const Matrix& y, const Matrix& x, const Matrix& w, const Matrix& r) {
+  run({.op_a = CUBLAS_OP_T, .op_b = CUBLAS_OP_N, .m = y.columns, .n = y.rows, .k = x.columns, .a = w.data, .b = x.data, .c = r.data, .d = y.data, .lda = w.stride, .ldb = x.stride, .ldc = r.stride, .ldd = y.stride, .out = CUDA_R_16BF, .beta = 1});
+}
+
+void Gemm::linear_dx(const Matrix& dx, const Matrix& dy, const Matrix& w) {
+  run({.op_a = CUBLAS_OP_N, .op_b = CUBLAS_OP_N, .m = dx.columns, .n = dx.rows, .k = dy.columns, .a = w.data, .b = dy.data, .c = dx.data, .d = dx.data, .lda = w.stride, .ldb = dy.stride, .ldc = dx.stride, .ldd = dx.stride, .out = CUDA_R_16BF, .beta = 0});
+}
+
+void Gemm::linear_dw(const Matrix& dw, const Matrix& dy, const Matrix& x) {
+  run({.op_a = CUBLAS_OP_N, .op_b = CUBLAS_OP_T, .m = dw.columns, .n = dw.rows, .k = x.rows, .a = x.data, .b = dy.data, .c = dw.data, .d = dw.data, .lda = x.stride, .ldb = dy.stride, .ldc = dw.stride, .ldd = dw.stride, .out = CUDA_R_32F, .beta = 1});
+}
+
+}  // namespace uly::engine::cuda

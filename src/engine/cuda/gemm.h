@@ -1,0 +1,40 @@
+// Matrix products by cuBLASLt on row-major matrices of bf16: results in bf16, or added to fp32 within the GEMM.
+//
+// Source      cuBLAS 13, cublasLtMatmul; one algorithm a shape, chosen at its first use
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels/matrix.h"
+#include "ops/places.h"
+
+namespace uly::engine::cuda {
+
+class Gemm {
+ public:
+  // `workspace`: ops::kGemmWorkspaceBytes of device memory, used by one stream only.
+  Gemm(kernels::Stream stream, void* workspace);
+  ~Gemm();
+  Gemm(const Gemm&) = delete;
+  Gemm& operator=(const Gemm&) = delete;
+
+  using Matrix = kernels::Matrix;
+  void linear(const Matrix& y_tO, const Matrix& x_tI, const Matrix& w_OI);                          // y = x w'
+  void linear_add(const Matrix& y_tO, const Matrix& x_tI, const Matrix& w_OI, const Matrix& r_tO);  // y = r + x w'; r may be y
+  void linear_dx(const Matrix& dx_tI, const Matrix& dy_tO, const Matrix& w_OI);                     // dx = dy w
+  void linear_dw(const Matrix& dw_OI, const Matrix& dy_tO, const Matrix& x_tI);                     // dw += dy' x, fp32
+
+  // For benches: how many algorithms cuBLASLt proposes, and which of them is used from now on for shapes not seen yet.
+  void prefer(int choice) { choice_ = choice; }
+
+ private:
+  struct Product;
+  void run(const Product& p);
+
+  struct Inside;
+  std::unique_ptr<Inside> inside_;
+  int choice_ = 0;
+};
+
+}  // namespace uly::engine::cuda

@@ -1,0 +1,28 @@
+// Engines by device. The GPU's lies in a library of its own, so that a run on the CPU loads nothing of CUDA.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "engine/engine.h"
+
+namespace uly::engine {
+
+struct CudaOptions {
+  int device = 0;                // as CUDA counts the visible ones
+  int64_t scratch_bytes = 0;     // for kernels that sum over rows
+  // What to tell where so many bytes turn out to be all there are: who has the rest, the longest that fits.
+  std::function<std::string(int64_t bytes)> advice;
+};
+
+std::unique_ptr<Engine> make_cpu_engine(comm::Group& world, comm::Group& sequence);
+
+// Loads libulysses_cuda.so from `folder`. Throws UserError where it is missing, DeviceError where the GPU cannot be used.
+std::unique_ptr<Engine> make_cuda_engine(const std::string& folder, comm::Group& world, comm::Group& sequence, const CudaOptions& options);
+
+// What the library offers.
+using MakeCudaEngine = Engine* (*)(comm::Group*, comm::Group*, const CudaOptions*);
+
+}  // namespace uly::engine
