@@ -127,7 +127,7 @@ void run(const Flags& f) {
 
   comm::World world = std::move(comm::World::threads(1)[0]);
   const auto sequence = world.subgroup({0}, "sequence");
-  const auto engine = engine::make_cuda_engine(launch::program_folder(), world.all(), *sequence, {.device = 0, .scratch_bytes = ops::kernel_scratch_bytes(2 * spec.F), .advice = {}});
+  const auto engine = engine::make_cuda_engine(launch::program_folder(), world.all(), *sequence, {.device = 0, .scratch_bytes = ops::kernel_scratch_bytes(2 * spec.F), .deterministic = f.deterministic, .advice = {}});
   engine->begin_run(price.run_places);
   engine->reserve_step(price.step_places.arena_bytes);
   const step::States states = step::make_states(*engine, model.units, o);

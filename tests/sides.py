@@ -98,8 +98,10 @@ class Run:
 
 
 class EngineFailed(AssertionError):
+    """`code`: the exit code, below 0 a signal; None where it took too long."""
+
     def __init__(self, code, said):
-        super().__init__(f"exit code {code} (-9: took too long): {said}" if code < 0 else f"exit code {code}: {said}")
+        super().__init__(f"{'took too long' if code is None else f'exit code {code}'}: {said}")
         self.code = code
 
 
@@ -149,14 +151,14 @@ epochs: {steps}
     end = time.monotonic() + timeout
     while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes) and time.monotonic() < end:
         time.sleep(0.02)
+    ended, failed = [p.poll() is not None for p in processes], [p.returncode for p in processes if p.poll()]
     for p in processes:  # where one failed, the others wait for it
         if p.poll() is None:
             p.kill()
             p.wait()
     logs = [(out / f"rank_{rank}.log").read_text() for rank in range(ranks)]
-    if any(p.returncode != 0 for p in processes):
-        code = next((p.returncode for p in processes if p.returncode > 0), -9)
-        raise EngineFailed(code, "\n".join(logs))
+    if failed or not all(ended):
+        raise EngineFailed(failed[0] if failed else None, "\n".join(logs))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["iter"] for r in rows] == list(range(1, steps + 1))
     weights = load_file(out / "saved" / f"global_step_{steps}" / "model.safetensors") if save else {}
@@ -167,7 +169,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     """Attention of Transformers for long sequences in fp32: torch's efficient kernel has no groups, so heads are repeated."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if query.is_cuda else SDPBackend.FLASH_ATTENTION):
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] if query.is_cuda else [SDPBackend.FLASH_ATTENTION], set_priority=True):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 

@@ -13,6 +13,7 @@ namespace uly::engine {
 struct CudaOptions {
   int device = 0;                // as CUDA counts the visible ones
   int64_t scratch_bytes = 0;     // for kernels that sum over rows
+  bool deterministic = false;    // the same bits in every run
   // What to tell where so many bytes turn out to be all there are: who has the rest, the longest that fits.
   std::function<std::string(int64_t bytes)> advice;
 };

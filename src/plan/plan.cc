@@ -210,21 +210,22 @@ void choose(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const
 int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes) {
   recipe::Recipe shorter = r;
   shorter.memory_device_bytes = budget_bytes;
-  const auto fits = [&](int64_t thousand_tokens) {
-    shorter.data.max_length = thousand_tokens * 1024;
+  constexpr int64_t kStep = 256;  // tokens
+  const auto fits = [&](int64_t steps) {
+    shorter.data.max_length = steps * kStep;
     Plan plan;
     plan.mesh = make_mesh(shorter, spec, world);
     plan.planned_length = padded_length(shorter, shorter.data.max_length, plan.mesh.P, shorter.micro_batch_size * shorter.data.max_length);
     choose(plan, shorter, spec, machine, world);
     return plan.fits;
   };
-  int64_t low = 0, high = 65536;
+  int64_t low = 0, high = int64_t{1} << 18;
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
     if (fits(middle)) low = middle;
     else high = middle - 1;
   }
-  return low * 1024;
+  return low * kStep;
 }
 
 Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, const std::optional<DataFacts>& facts) {
@@ -235,6 +236,8 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
   ULY_USER_CHECK(spec.sliding_window == 0 || plan.max_length <= spec.sliding_window,
                  "data.max_length ({}): {} is longer than the model's sliding window of {}, which is not supported: lower it, or set model.hf_config_kwargs.sliding_window to null for full attention",
                  r.where("data.max_length"), format_count(plan.max_length), format_count(spec.sliding_window));
+  ULY_USER_CHECK(!machine.cuda || r.model.dtype == Dtype::kBf16, "model.dtype ({}): attention on a GPU computes in bf16: expected bf16, or --device cpu", r.where("model.dtype"));
+  ULY_USER_CHECK(!machine.cuda || (spec.H % 8 == 0 && spec.H <= 256), "{}: its heads have {} columns: attention on a GPU takes multiples of 8 up to 256; use --device cpu", spec.name, spec.H);
   recipe::learning_rate(r.scheduler, r.optimizer.learning_rate, 0, 1);
 
   std::optional<data::TokenFile> file;
@@ -256,7 +259,7 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
     const int64_t longest = longest_that_fits(r, spec, machine, world, plan.budget_bytes);
     plan.why_not = fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; {}", format_bytes(total_bytes(plan)), format_bytes(plan.budget_bytes), format_bytes(plan.price.run_bytes),
                                format_bytes(plan.price.step_places.arena_bytes),
-                               longest > 0 ? fmt::format("the longest that fits is data.max_length={}; or use more ranks", longest) : "not even 1,024 tokens fit: use more ranks or a smaller model");
+                               longest > 0 ? fmt::format("the longest that fits is data.max_length={}; or use more ranks", longest) : "not even 256 tokens fit: use more ranks or a smaller model");
   }
   plan.hash = hash_of(r, spec, plan);
   explain(plan, r, spec, machine, facts, selection);

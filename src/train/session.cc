@@ -126,7 +126,7 @@ void Session::make_engine(const Job& job, int64_t local_rank) {
     engine_ = engine::make_cpu_engine(world_.all(), *sequence_);
     return;
   }
-  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(std::max(spec().D, 2 * spec().F)), .advice = {}};
+  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(std::max(spec().D, 2 * spec().F)), .deterministic = recipe_.deterministic, .advice = {}};
   options.advice = [this, local_rank](int64_t bytes) {
     const int64_t longest = plan::longest_that_fits(recipe_, spec(), machine_, world_.size(), bytes + plan_.besides_bytes);
     return others_on_gpu(local_rank) + (longest > 0 ? fmt::format("; the longest that fits is data.max_length={}", longest) : "");

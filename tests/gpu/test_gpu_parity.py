@@ -213,18 +213,18 @@ def planned_mib(run):
 def test_what_is_kept_does_not_change_what_is_computed(tmp_path):
     """Less and less memory, until it does not fit: less is kept, more is computed again, with the same result."""
     make_wide_model(tmp_path / "model", layers=4)
-    documents = make_documents([65_536 if ON_GPU else 3000], VOCABULARY)
-    most = run_engine(tmp_path, documents, vocabulary=VOCABULARY, name="most")
+    documents = make_documents([65_536 if ON_GPU else 2000], VOCABULARY)
+    most = run_engine(tmp_path, documents, vocabulary=VOCABULARY, more=DETERMINISTIC, name="most")
     seen, enough = {kept_line(most)}, planned_mib(most)
-    for share in (1.2, 1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5):
+    for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5) if ON_GPU else (1.2, 1.1, 1.0, 0.9):
         try:
-            less = run_engine(tmp_path, documents, vocabulary=VOCABULARY, memory=f"{int(share * enough * 1024)}KiB", name=f"share_{share}")
+            less = run_engine(tmp_path, documents, vocabulary=VOCABULARY, memory=f"{int(share * enough * 1024)}KiB", more=DETERMINISTIC, name=f"share_{share}")
         except EngineFailed as failed:
             assert failed.code == 3, failed
             break
         seen.add(kept_line(less))
         print(f"{share}: {kept_line(less)}")
         apart = total({k: sides.relative(g, most.gradients[k]) for k, g in less.gradients.items()})
-        assert apart <= 1e-2, (share, kept_line(less), apart)
+        assert apart == 0, (share, kept_line(less), apart)
         assert less.loss == pytest.approx(most.loss, rel=1e-4)
     assert len(seen) >= 3, seen

@@ -26,7 +26,7 @@ step::Options resident(const models::Spec& spec, int64_t s, int64_t W = 1, int64
 
 Price price(const models::Spec& spec, const step::Options& o) {
   const step::Model model(spec);
-  Priced priced({o.mesh.P, o.mesh.W}, o.s);
+  Priced priced({o.mesh.P, o.mesh.W}, o.s, 0);
   const step::States states = step::make_states(priced, model.units, o);
   step::micro_step(priced, model, o, states);
   return priced.price();

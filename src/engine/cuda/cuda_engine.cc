@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "base/check.h"
+#include "base/shapes.h"
 #include "base/units.h"
 #include "engine/cuda/flash.h"
 
@@ -13,7 +14,7 @@ CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOpti
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream");
   gemm_workspace_ = Memory(Place::kDevice, ops::kGemmWorkspaceBytes);
   scratch_ = Memory(Place::kDevice, options.scratch_bytes);
-  gemm_.emplace(stream_, gemm_workspace_.base());
+  gemm_.emplace(stream_, gemm_workspace_.base(), options.deterministic);
   attention_.emplace(stream_);
 }
 

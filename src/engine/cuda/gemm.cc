@@ -1,8 +1,10 @@
 #include "engine/cuda/gemm.h"
 
 #include <cublasLt.h>
+#include <cuda_runtime.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <vector>
@@ -70,6 +72,7 @@ struct Gemm::Product {
 struct Gemm::Inside {
   kernels::Stream stream;
   void* workspace;
+  bool fixed_choice = false;
   cublasLtHandle_t handle = nullptr;
   std::map<std::array<int64_t, 12>, Plan> plans;
 
@@ -79,7 +82,11 @@ struct Gemm::Inside {
     return a % 256 == 0 ? 256 : static_cast<int64_t>(a & (~a + 1));
   }
 
-  Plan make(const Product& p, int choice) const {
+  void multiply(const Plan& plan, const Product& p, const cublasLtMatmulAlgo_t& algorithm, float alpha) const {
+    good(cublasLtMatmul(handle, plan.operation, &alpha, p.a, plan.a, p.b, plan.b, &p.beta, p.c, plan.c, p.d, plan.d, &algorithm, workspace, static_cast<size_t>(ops::kGemmWorkspaceBytes), stream), "matrix product");
+  }
+
+  Plan make(const Product& p) const {
     Plan plan;
     const auto set = [&](cublasLtMatmulDescAttributes_t name, const auto& value) { good(cublasLtMatmulDescSetAttribute(plan.operation, name, &value, sizeof value), "operation"); };
     good(cublasLtMatmulDescCreate(plan.operation.out(), CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation");
@@ -89,6 +96,13 @@ struct Gemm::Inside {
     plan.b = p.op_b == CUBLAS_OP_N ? layout(CUDA_R_16BF, p.k, p.n, p.ldb) : layout(CUDA_R_16BF, p.n, p.k, p.ldb);
     plan.c = layout(p.out, p.m, p.n, p.ldc);
     plan.d = layout(p.out, p.m, p.n, p.ldd);
+    const std::vector<cublasLtMatmulAlgo_t> candidates = propose(plan, p);
+    plan.algorithm = candidates[fastest(plan, p, candidates)];
+    return plan;
+  }
+
+  std::vector<cublasLtMatmulAlgo_t> propose(const Plan& plan, const Product& p) const {
+    constexpr int kMost = 8;
     Preference preference;
     good(cublasLtMatmulPreferenceCreate(preference.out()), "preference");
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, const auto& value) { good(cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value), "preference"); };
@@ -97,18 +111,46 @@ struct Gemm::Inside {
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(alignment(p.b)));
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(alignment(p.c)));
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(alignment(p.d)));
-    std::vector<cublasLtMatmulHeuristicResult_t> found(static_cast<size_t>(choice) + 1);
+    std::array<cublasLtMatmulHeuristicResult_t, kMost> found;
     int count = 0;
-    good(cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.c, plan.d, preference, choice + 1, found.data(), &count), "no algorithm for this product");
+    good(cublasLtMatmulAlgoGetHeuristic(handle, plan.operation, plan.a, plan.b, plan.c, plan.d, preference, kMost, found.data(), &count), "no algorithm for this product");
     ULY_CHECK(count > 0, "cuBLASLt has an algorithm");
-    plan.algorithm = found[static_cast<size_t>(std::min(choice, count - 1))].algo;
-    return plan;
+    std::vector<cublasLtMatmulAlgo_t> algorithms;
+    for (int i = 0; i < count; ++i)
+      if (found[static_cast<size_t>(i)].state == CUBLAS_STATUS_SUCCESS) algorithms.push_back(found[static_cast<size_t>(i)].algo);
+    return algorithms;
+  }
+
+  // Index of the fastest, by the least of a few rounds in turn. A result that is written is computed again afterwards; one
+  // that is added to gets the product times 1e-38 here, which changes no number that a step could tell apart.
+  size_t fastest(const Plan& plan, const Product& p, const std::vector<cublasLtMatmulAlgo_t>& candidates) const {
+    const double flops = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+    if (fixed_choice || candidates.size() == 1 || flops < 1e11) return 0;  // small ones are not worth it
+    constexpr int kRounds = 4;
+    cudaEvent_t begin = nullptr, end = nullptr;
+    cudaEventCreate(&begin);
+    cudaEventCreate(&end);
+    std::vector<float> least(candidates.size(), 1e30f);
+    for (int round = 0; round <= kRounds; ++round)
+      for (size_t i = 0; i < candidates.size(); ++i) {
+        cudaEventRecord(begin, stream);
+        multiply(plan, p, candidates[i], p.beta == 0 ? 1.0f : 1e-38f);
+        cudaEventRecord(end, stream);
+        cudaEventSynchronize(end);
+        float ms = 0;
+        cudaEventElapsedTime(&ms, begin, end);
+        if (round > 0) least[i] = std::min(least[i], ms);
+      }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return static_cast<size_t>(std::min_element(least.begin(), least.end()) - least.begin());
   }
 };
 
-Gemm::Gemm(kernels::Stream stream, void* workspace) : inside_(std::make_unique<Inside>()) {
+Gemm::Gemm(kernels::Stream stream, void* workspace, bool fixed_choice) : inside_(std::make_unique<Inside>()) {
   inside_->stream = stream;
   inside_->workspace = workspace;
+  inside_->fixed_choice = fixed_choice;
   good(cublasLtCreate(&inside_->handle), "start");
 }
 
@@ -122,11 +164,8 @@ void Gemm::run(const Product& p) {
   const std::array<int64_t, 12> key{p.op_a,  p.op_b, p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.ldd, p.out * 2 + (p.beta != 0), Inside::alignment(p.a) * 512 + Inside::alignment(p.b),
                                     Inside::alignment(p.c) * 512 + Inside::alignment(p.d)};
   auto plan = inside_->plans.find(key);
-  if (plan == inside_->plans.end()) plan = inside_->plans.emplace(key, inside_->make(p, choice_)).first;
-  const float one = 1.0f;
-  good(cublasLtMatmul(inside_->handle, plan->second.operation, &one, p.a, plan->second.a, p.b, plan->second.b, &p.beta, p.c, plan->second.c, p.d, plan->second.d, &plan->second.algorithm, inside_->workspace,
-                      static_cast<size_t>(ops::kGemmWorkspaceBytes), inside_->stream),
-       "matrix product");
+  if (plan == inside_->plans.end()) plan = inside_->plans.emplace(key, inside_->make(p)).first;
+  inside_->multiply(plan->second, p, plan->second.algorithm, 1.0f);
 }
 
 // A row-major matrix is the column-major transpose: y' = w x'.

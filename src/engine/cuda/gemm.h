@@ -1,6 +1,9 @@
 // Matrix products by cuBLASLt on row-major matrices of bf16: results in bf16, or added to fp32 within the GEMM.
 //
-// Source      cuBLAS 13, cublasLtMatmul; one algorithm a shape, chosen at its first use
+// Choice      The first time a shape is seen, the algorithms that cuBLASLt proposes are timed on the operands at hand and
+//             the fastest is kept: its own order is often a few percent off. With fixed_choice the first is taken, so that
+//             runs give the same bits. Timing waits for the stream: it happens in the first step only.
+// Source      cuBLAS 13, cublasLtMatmul
 #pragma once
 
 #include <cstdint>
@@ -14,7 +17,7 @@ namespace uly::engine::cuda {
 class Gemm {
  public:
   // `workspace`: ops::kGemmWorkspaceBytes of device memory, used by one stream only.
-  Gemm(kernels::Stream stream, void* workspace);
+  Gemm(kernels::Stream stream, void* workspace, bool fixed_choice);
   ~Gemm();
   Gemm(const Gemm&) = delete;
   Gemm& operator=(const Gemm&) = delete;
@@ -25,16 +28,12 @@ class Gemm {
   void linear_dx(const Matrix& dx_tI, const Matrix& dy_tO, const Matrix& w_OI);                     // dx = dy w
   void linear_dw(const Matrix& dw_OI, const Matrix& dy_tO, const Matrix& x_tI);                     // dw += dy' x, fp32
 
-  // For benches: how many algorithms cuBLASLt proposes, and which of them is used from now on for shapes not seen yet.
-  void prefer(int choice) { choice_ = choice; }
-
  private:
   struct Product;
   void run(const Product& p);
 
   struct Inside;
   std::unique_ptr<Inside> inside_;
-  int choice_ = 0;
 };
 
 }  // namespace uly::engine::cuda
