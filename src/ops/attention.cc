@@ -39,6 +39,11 @@ std::vector<HeadSpan> head_spans(const Heads& h, int64_t most) {
   return out;
 }
 
+int64_t summed_keys(const AttentionSchedule& s, int64_t columns, int64_t S) {
+  const int64_t most = 2048 * kMiB / (2 * columns * kF32) / s.backward_keys * s.backward_keys;
+  return std::min(S, std::max(most, s.backward_keys));
+}
+
 int64_t document_bucket(int64_t tokens) {
   if (tokens > 32768) return round_up(tokens, 8192);
   int64_t bucket = 128;
@@ -63,9 +68,9 @@ int64_t attention_grad_workspace_bytes(const AttentionSchedule& s, const Heads& 
     const int64_t tokens = document_bucket(S), dp = s.deterministic ? 2 * n * tokens * round_up(tokens, 128) : 0;
     return cudnn_grad_bytes(n, H, tokens, tokens) + dp;
   }
-  // A block's gradients in bf16; those of the block's queries and of the whole document's keys and values in fp32.
+  // A block's gradients in bf16; those of the block's queries and of many keys and values in fp32.
   const int64_t queries = s.backward_queries, keys = s.backward_keys, dp = s.deterministic ? 2 * n * queries * keys : 0;
-  const int64_t blocks = padded(queries * n * H * kBf16) + padded(queries * n * H * kF32) + 2 * padded(keys * span.groups * H * kBf16) + 2 * padded(S * span.groups * H * kF32) + padded(queries * n * kF32);
+  const int64_t blocks = padded(queries * n * H * kBf16) + padded(queries * n * H * kF32) + 2 * padded(keys * span.groups * H * kBf16) + 2 * padded(summed_keys(s, span.groups * H, S) * span.groups * H * kF32) + padded(queries * n * kF32);
   return std::max(cudnn_grad_bytes(n, H, queries, keys), cudnn_grad_bytes(n, H, document_bucket(queries), document_bucket(queries))) + dp + blocks;
 }
 

@@ -37,6 +37,11 @@ struct AttentionSchedule {
   bool deterministic = false;            // fixed order of all sums
 };
 
+// Keys whose gradients are summed in fp32 at a time where the backward goes in blocks, for `columns` columns of keys: a
+// multiple of backward_keys within 2 GiB, or all of S. Beyond, the gradient of the queries is rounded to bf16 once for each
+// so many keys.
+int64_t summed_keys(const AttentionSchedule& schedule, int64_t columns, int64_t S);
+
 // Tokens that a plan for documents of up to `tokens` tokens is made for: few different ones, at most 1/2 more up to 32K,
 // beyond to a multiple of 8K.
 int64_t document_bucket(int64_t tokens);

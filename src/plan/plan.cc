@@ -50,12 +50,13 @@ ops::AttentionSchedule attention_schedule(const recipe::Recipe& r, const Machine
   ops::AttentionSchedule s;
   if (!machine.cuda) return s;
   const bool fast = machine.gpu_major == 0 || machine.gpu_major >= 9;
-  s.backend = r.attention == "flash" || (r.attention == "auto" && !fast) ? ops::AttentionBackend::kFlash : ops::AttentionBackend::kCudnn;
+  // cuDNN takes heads of 8, 16, ... columns; flash attention pads others.
+  s.backend = r.attention == "flash" || (r.attention == "auto" && !fast) || heads.H % 8 != 0 ? ops::AttentionBackend::kFlash : ops::AttentionBackend::kCudnn;
   s.deterministic = r.deterministic;
   s.forward_block = 32768;
   if (s.backend == ops::AttentionBackend::kFlash) return s;
   constexpr int64_t kOften = int64_t{1} << 30, kMost = int64_t{6} << 30;  // of workspace
-  constexpr int64_t kOrderedBlock = 8192, kOrderedHeads = 8, kBlock = 262144;
+  constexpr int64_t kOrderedBlock = 8192, kOrderedHeads = 8, kBlock = 131072;
   if (s.deterministic) {
     s.backward_queries = s.backward_keys = kOrderedBlock;
     s.kv_heads_at_once = std::max<int64_t>(1, kOrderedHeads / heads.G);
@@ -142,6 +143,28 @@ void choose_kept(const step::Model& model, Plan& plan, bool cuda) {
   plan.fits = plan.budget_bytes == 0 || total_bytes(plan) <= plan.budget_bytes;
 }
 
+// All but what is kept.
+void choose_options(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
+  step::Options& o = plan.options;
+  o.mesh = plan.mesh;
+  o.dtype = r.model.dtype;
+  o.wire = r.deepspeed.wire_dtype;
+  o.exchange = r.attention_scope == "sequence";
+  o.s = plan.planned_length / plan.mesh.P;
+  const int64_t element = bytes_of(o.dtype);
+  o.mlp_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), 4 * spec.F * element, o.s);
+  o.loss_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), spec.V * element, o.s);
+
+  o.split_master = r.master_weights == "split" && o.dtype == Dtype::kBf16;
+  ops::Heads most;
+  for (int64_t p = 0; p < o.exchange_ranks(); ++p)
+    if (const ops::Heads h = step::heads_of_rank(spec, o.exchange_ranks(), p); h.n > most.n) most = h;
+  o.attention = attention_schedule(r, machine, most, o.S());
+
+  plan.budget_bytes = budget(r, machine, world);
+  if (machine.cuda) plan.besides_bytes = kLibraryBytes + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(std::max(spec.D, 2 * spec.F));
+}
+
 std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Plan& plan) {
   std::string text = r.normalized.dump() + spec.config.dump() + fmt::format("|{}|{}|{}|{}|{}", plan.mesh.W, plan.planned_length, plan.options.mlp_tile, plan.options.loss_tile, plan.num_samples);
   const ops::AttentionSchedule& a = plan.options.attention;
@@ -185,39 +208,26 @@ Steps count_steps(const recipe::Recipe& r, int64_t R, int64_t num_samples) {
 }
 
 void choose(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
-  step::Options& o = plan.options;
-  o.mesh = plan.mesh;
-  o.dtype = r.model.dtype;
-  o.wire = r.deepspeed.wire_dtype;
-  o.exchange = r.attention_scope == "sequence";
-  o.s = plan.planned_length / plan.mesh.P;
-  const int64_t element = bytes_of(o.dtype);
-  o.mlp_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), 4 * spec.F * element, o.s);
-  o.loss_tile = tile_tokens(tile_budget_bytes(r, machine.cuda), spec.V * element, o.s);
-
-  o.split_master = r.master_weights == "split" && o.dtype == Dtype::kBf16;
-  ops::Heads most;
-  for (int64_t p = 0; p < o.exchange_ranks(); ++p)
-    if (const ops::Heads h = step::heads_of_rank(spec, o.exchange_ranks(), p); h.n > most.n) most = h;
-  o.attention = attention_schedule(r, machine, most, o.S());
-
-  const step::Model model(spec);
-  plan.budget_bytes = budget(r, machine, world);
-  if (machine.cuda) plan.besides_bytes = kLibraryBytes + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(std::max(spec.D, 2 * spec.F));
-  choose_kept(model, plan, machine.cuda);
+  choose_options(plan, r, spec, machine, world);
+  choose_kept(step::Model(spec), plan, machine.cuda);
 }
 
 int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes) {
   recipe::Recipe shorter = r;
   shorter.memory_device_bytes = budget_bytes;
   constexpr int64_t kStep = 256;  // tokens
+  const step::Model model(spec);
+  // With the least kept, by what is alive at once: buffers lie almost without gaps.
   const auto fits = [&](int64_t steps) {
     shorter.data.max_length = steps * kStep;
     Plan plan;
     plan.mesh = make_mesh(shorter, spec, world);
     plan.planned_length = padded_length(shorter, shorter.data.max_length, plan.mesh.P, shorter.micro_batch_size * shorter.data.max_length);
-    choose(plan, shorter, spec, machine, world);
-    return plan.fits;
+    choose_options(plan, shorter, spec, machine, world);
+    plan.options.keep.assign(static_cast<size_t>(spec.L), step::Keep::kInput);
+    Priced priced({plan.mesh.P, plan.mesh.W}, plan.options.s, ops::document_table_bytes(plan.options.attention, plan.options.S()));
+    read_step(priced, model, plan.options);
+    return priced.peak() + plan.besides_bytes <= budget_bytes / 200 * 199;
   };
   int64_t low = 0, high = int64_t{1} << 18;
   while (low < high) {
@@ -237,7 +247,9 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
                  "data.max_length ({}): {} is longer than the model's sliding window of {}, which is not supported: lower it, or set model.hf_config_kwargs.sliding_window to null for full attention",
                  r.where("data.max_length"), format_count(plan.max_length), format_count(spec.sliding_window));
   ULY_USER_CHECK(!machine.cuda || r.model.dtype == Dtype::kBf16, "model.dtype ({}): attention on a GPU computes in bf16: expected bf16, or --device cpu", r.where("model.dtype"));
-  ULY_USER_CHECK(!machine.cuda || (spec.H % 8 == 0 && spec.H <= 256), "{}: its heads have {} columns: attention on a GPU takes multiples of 8 up to 256; use --device cpu", spec.name, spec.H);
+  ULY_USER_CHECK(!machine.cuda || spec.H <= 256, "{}: its heads have {} columns: attention on a GPU takes at most 256; use --device cpu", spec.name, spec.H);
+  ULY_USER_CHECK(!machine.cuda || !r.deterministic || (r.attention != "flash" && spec.H % 8 == 0 && (machine.gpu_major == 0 || machine.gpu_major >= 9)),
+                 "deterministic ({}): only cuDNN's attention on sm_90 and newer, with heads of a multiple of 8 columns, adds in a fixed order; remove the key, or use --device cpu", r.where("deterministic"));
   recipe::learning_rate(r.scheduler, r.optimizer.learning_rate, 0, 1);
 
   std::optional<data::TokenFile> file;

@@ -95,12 +95,14 @@ Held Block::forward(const LayerViews& w, Held x_sD, Keep keep, Saved& saved, int
   ops_.mark("MLP forward", layer);
   Held y_sD = make(s, D, Kind::kSaved, "layer input");
   Held h_sD = make(s, D, Kind::kActivations, "normed MLP input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
-  if (projections) saved.x1_sD = make(s, D, Kind::kSaved, "MLP input");
-  const Buffer x1_sD = projections ? *saved.x1_sD : *y_sD;  // where it is not kept, the layer's output is built in its place
+  // Never built in the output's place, though it could be: cuBLAS rounds sums in place otherwise, and what is kept must not
+  // change what is computed. Forward has the room: a step's peak is in backward.
+  Held x1_sD = make(s, D, projections ? Kind::kSaved : Kind::kActivations, "MLP input");
   output_projection(w, x1_sD, saved.o_sNH, x_sD);
   ops_.rms_norm(h_sD, rstd_s, x1_sD, w.norm2_D, spec_.norm_eps);
   if (keep == Keep::kAll) saved.gate_up_s2F = make(s, 2 * spec_.F, Kind::kSaved, "gate and up");
   mlp_forward(w, y_sD, x1_sD, h_sD, saved.gate_up_s2F);
+  if (projections) saved.x1_sD = std::move(x1_sD);
   saved.x_sD = std::move(x_sD);
   return y_sD;
 }

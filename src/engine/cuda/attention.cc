@@ -223,43 +223,53 @@ void Attention::backward_alone(const AttentionArgs& a, const View& v, const Call
 }
 
 // For each block of queries: the blocks of keys before it, what lies between the last of them and the queries, and the
-// queries' own keys under the causal mask. Each call gives gradients in bf16, which are summed in fp32, in this order.
+// queries' own keys under the causal mask. Each call gives gradients in bf16, which are summed in fp32, in this order. Of
+// very long documents ops::summed_keys at a time.
 void Attention::backward_blocks(const AttentionArgs& a, const View& v, const Call& c) {
   const int64_t most_queries = a.schedule.backward_queries, most_keys = a.schedule.backward_keys, tokens = c.longest, NH = v.n * v.H, KH = v.kv * v.H;
+  const int64_t summed = ops::summed_keys(a.schedule, KH, tokens);
+  ULY_CHECK(most_keys % most_queries == 0, "blocks of the backward fit into each other");
   Workspace workspace(a.workspace);
   const Matrix dq = workspace.matrix(most_queries, NH, Dtype::kBf16), dq_sum = workspace.matrix(most_queries, NH, Dtype::kF32);
   const Matrix dk = workspace.matrix(most_keys, KH, Dtype::kBf16), dv = workspace.matrix(most_keys, KH, Dtype::kBf16);
-  const Matrix dk_sum = workspace.matrix(tokens, KH, Dtype::kF32), dv_sum = workspace.matrix(tokens, KH, Dtype::kF32);
+  const Matrix dk_sum = workspace.matrix(summed, KH, Dtype::kF32), dv_sum = workspace.matrix(summed, KH, Dtype::kF32);
   const Matrix lse = workspace.matrix(most_queries, v.n, Dtype::kF32);
-  for (int64_t query = 0; query < tokens; query += most_queries) {
-    const int64_t queries = std::min(most_queries, tokens - query);
-    check(cudaMemcpy2DAsync(lse.data, static_cast<size_t>(queries * 4), v.lse + query, static_cast<size_t>(tokens * 4), static_cast<size_t>(queries * 4), static_cast<size_t>(v.n), cudaMemcpyDeviceToDevice, stream_),
-          "copy of the log-sum-exp");
-    const auto block = [&](int64_t key, int64_t keys, Mask mask) {
-      View part = v.rows(query, queries, key, keys);
-      part.lse = static_cast<float*>(lse.data);
-      part.dq = at(dq, 0, 0, queries, NH), part.dk = at(dk, 0, 0, keys, KH), part.dv = at(dv, 0, 0, keys, KH);
-      SdpaShape shape = part.shape(mask);
-      shape.deterministic = a.schedule.deterministic;
-      sdpa_.backward(shape, part.pointers(), workspace.rest(), workspace.left());
-      // The queries' own keys see them first; their own call is the queries' last.
-      const bool own = mask == Mask::kCausal, first = key == 0;
-      const auto gather = [&](const Matrix& sum, const Matrix& x, bool write) {
-        if (write) kernels::copy({sum, x}, stream_);
-        else kernels::add({sum, x}, stream_);
+  for (int64_t begin = 0; begin < tokens; begin += summed) {
+    const int64_t end = std::min(tokens, begin + summed);
+    for (int64_t query = begin; query < tokens; query += most_queries) {
+      const int64_t queries = std::min(most_queries, tokens - query);
+      const Matrix rows_sum = at(dq_sum, 0, 0, queries, NH), rows = v.rows(query, queries, 0, 0).dq;
+      check(cudaMemcpy2DAsync(lse.data, static_cast<size_t>(queries * 4), v.lse + query, static_cast<size_t>(tokens * 4), static_cast<size_t>(queries * 4), static_cast<size_t>(v.n), cudaMemcpyDeviceToDevice, stream_),
+            "copy of the log-sum-exp");
+      if (begin > 0) kernels::copy({rows_sum, rows}, stream_);  // what earlier keys gave
+      const auto block = [&](int64_t key, int64_t keys, Mask mask) {
+        View part = v.rows(query, queries, key, keys);
+        part.lse = static_cast<float*>(lse.data);
+        part.dq = at(dq, 0, 0, queries, NH), part.dk = at(dk, 0, 0, keys, KH), part.dv = at(dv, 0, 0, keys, KH);
+        SdpaShape shape = part.shape(mask);
+        shape.deterministic = a.schedule.deterministic;
+        sdpa_.backward(shape, part.pointers(), workspace.rest(), workspace.left());
+        // The queries' own keys see them first; their own call is the queries' last.
+        const bool own = mask == Mask::kCausal;
+        const auto gather = [&](const Matrix& sum, const Matrix& x, bool write) {
+          if (write) kernels::copy({sum, x}, stream_);
+          else kernels::add({sum, x}, stream_);
+        };
+        gather(rows_sum, part.dq, key == 0);
+        gather(at(dk_sum, key - begin, 0, keys, KH), part.dk, own);
+        gather(at(dv_sum, key - begin, 0, keys, KH), part.dv, own);
       };
-      gather(at(dq_sum, 0, 0, queries, NH), part.dq, first);
-      gather(at(dk_sum, key, 0, keys, KH), part.dk, own);
-      gather(at(dv_sum, key, 0, keys, KH), part.dv, own);
-    };
-    int64_t key = 0;
-    for (; key + most_keys <= query; key += most_keys) block(key, most_keys, Mask::kFull);
-    if (key < query) block(key, query - key, Mask::kFull);
-    block(query, queries, Mask::kCausal);
-    kernels::copy({v.rows(query, queries, 0, 0).dq, at(dq_sum, 0, 0, queries, NH)}, stream_);
+      const int64_t before = std::min(query, end);
+      int64_t key = begin;
+      for (; key + most_keys <= before; key += most_keys) block(key, most_keys, Mask::kFull);
+      if (key < before) block(key, before - key, Mask::kFull);
+      if (query < end) block(query, queries, Mask::kCausal);
+      kernels::copy({rows, rows_sum}, stream_);
+    }
+    const View keys = v.rows(0, 0, begin, end - begin);
+    kernels::copy({keys.dk, at(dk_sum, 0, 0, end - begin, KH)}, stream_);
+    kernels::copy({keys.dv, at(dv_sum, 0, 0, end - begin, KH)}, stream_);
   }
-  kernels::copy({v.dk, dk_sum}, stream_);
-  kernels::copy({v.dv, dv_sum}, stream_);
 }
 
 }  // namespace uly::engine::cuda
