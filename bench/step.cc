@@ -121,13 +121,13 @@ void run(const Flags& f) {
   const step::Model model(spec);
   const plan::Price price = plan::price_step(model, o);
   step::Options nothing_rebuilt = o;
-  nothing_rebuilt.keep.assign(static_cast<size_t>(spec.L), step::Keep::kAll);
+  nothing_rebuilt.keep.assign(static_cast<size_t>(spec.L), step::Keep::kEverything);
   const double least_flops = plan::price_step(model, nothing_rebuilt).gemm_flops;
   const int64_t priced = price.run_bytes + price.step_places.arena_bytes + plan.besides_bytes;
 
   comm::World world = std::move(comm::World::threads(1)[0]);
   const auto sequence = world.subgroup({0}, "sequence");
-  const auto engine = engine::make_cuda_engine(launch::program_folder(), world.all(), *sequence, {.device = 0, .scratch_bytes = ops::kernel_scratch_bytes(2 * spec.F), .deterministic = f.deterministic, .advice = {}});
+  const auto engine = engine::make_cuda_engine(launch::program_folder(), world.all(), *sequence, {.device = 0, .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec)), .deterministic = f.deterministic, .advice = {}});
   engine->begin_run(price.run_places);
   engine->reserve_step(price.step_places.arena_bytes);
   const step::States states = step::make_states(*engine, model.units, o);
@@ -174,7 +174,7 @@ void run(const Flags& f) {
                     {"other_seconds", timed - known}, {"attention_forward_tflops", attention_flops / by_kind["attention_forward"] / 1e12}, {"attention_backward_tflops", 2.5 * attention_flops / by_kind["attention_backward"] / 1e12},
                     {"gemm_tflops", price.gemm_flops / by_kind["gemm"] / 1e12}, {"peak_gib", gib(used)}, {"driver_peak_gib", gib(used)}, {"priced_gib", gib(priced)}, {"arenas_gib", gib(price.run_bytes + price.step_places.arena_bytes)},
                     {"workspace_gib", gib(ops::attention_grad_workspace_bytes(o.attention, {.n = spec.N, .k = spec.K, .H = spec.H, .G = spec.N / spec.K}, f.length))}, {"recomputed_gemm_flops", price.gemm_flops - least_flops},
-                    {"recomputed", fmt::format("{} layers keep all, {} projections, {} input, output and LSE only", count(step::Keep::kAll), count(step::Keep::kProjections), count(step::Keep::kInput))},
+                    {"recomputed", fmt::format("{} layers keep everything, {} gate and up, {} projections, {} input, output and LSE only", count(step::Keep::kEverything), count(step::Keep::kGateUp), count(step::Keep::kProjections), count(step::Keep::kInput))},
                     {"loss", loss}, {"gpu", machine.gpu_name}, {"attention", {{"kv_heads_at_once", std::min(o.attention.kv_heads_at_once, spec.K)}, {"forward_block", o.attention.forward_block}, {"backward_queries", o.attention.backward_queries}, {"backward_keys", o.attention.backward_keys}, {"deterministic", o.attention.deterministic}}}};
   std::cout << row.dump() << std::endl;
 }

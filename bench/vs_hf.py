@@ -61,8 +61,13 @@ def warmups(system, length, layers):
     return 1 if guessed_step(system, length, layers) < 100 else 0
 
 
+SHORT_WARMUP = 16384  # the peer's warm-up where a step takes half a minute and more
+
+
 def guessed_run(system, length, layers, seconds):
     step = guessed_step(system, length, layers)
+    if system == "hf" and step > 30:
+        return STARTUP[system] + 3 + step * max(1, -(-seconds // step))
     return STARTUP[system] + step * (warmups(system, length, layers) + TIMED[system] + max(1, -(-seconds // step)))
 
 
@@ -179,6 +184,8 @@ def main():
         tell(f"{system} {length:,}: {seconds} s asked for, about {guessed_run(system, length, layers, seconds):.0f} s with its start")
         if system == "hf":
             command = [sys.executable, ROOT / "bench" / "hf_step.py", "--length", length, "--seconds", seconds, "--layers", layers, "--attention", args.attention, "--checkpoint-every", args.checkpoint_every]
+            if guessed_step(system, length, layers) > 30:
+                command += ["--warmup-length", SHORT_WARMUP]
         else:
             command = [args.engine, "--length", length, "--seconds", seconds, "--warmup", warmups(system, length, layers), *(["--layers", layers] if layers != LAYERS else []), *args.engine_args]
         rows, error = run_one(command, left)

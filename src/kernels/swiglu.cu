@@ -26,7 +26,7 @@ struct Backward {
   __device__ void run(int64_t row, int64_t i) const {
     T* gate = row_of<T>(a.gate_up, row) + i * W;
     float g[W], u[W], d[W];
-    load(gate, g), load(gate + a.a.columns, u), load(row_of<T>(a.da, row) + i * W, d);
+    load(gate, g), load(gate + a.da.columns, u), load(row_of<T>(a.da, row) + i * W, d);
     float y[W];
 #pragma unroll
     for (int k = 0; k < W; ++k) {
@@ -36,7 +36,8 @@ struct Backward {
       g[k] = d[k] * u[k] * (sigmoid + silu * (1.0f - sigmoid));
       u[k] = d[k] * silu;
     }
-    store(row_of<T>(a.a, row) + i * W, y), store(gate, g), store(gate + a.a.columns, u);
+    store(gate, g), store(gate + a.da.columns, u);
+    if (a.a.data) store(row_of<T>(a.a, row) + i * W, y);
   }
 };
 
@@ -49,8 +50,8 @@ void swiglu(const SwigluArgs& a, Stream stream) {
 }
 
 void swiglu_grad(const SwigluGradArgs& a, Stream stream) {
-  for_float_type(a.a.dtype, "swiglu_grad", [&](auto t) {
-    for_elements<8>("swiglu_grad", Backward<decltype(t)>{a}, a.a.rows, a.a.columns, vectors_fit<8>(a.a.columns, {a.a, a.gate_up, a.da}), stream);
+  for_float_type(a.da.dtype, "swiglu_grad", [&](auto t) {
+    for_elements<8>("swiglu_grad", Backward<decltype(t)>{a}, a.da.rows, a.da.columns, vectors_fit<8>(a.da.columns, {a.a.data ? a.a : a.da, a.gate_up, a.da}), stream);
   });
 }
 

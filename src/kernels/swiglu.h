@@ -9,7 +9,7 @@ struct SwigluArgs {
   Matrix a, gate_up;  // activation txF | activation tx2F
 };
 
-// gate_up becomes its gradient and a is written again, as swiglu would. a may be da.
+// gate_up becomes its gradient and a, where it has data, is written again, as swiglu would. a may be da.
 struct SwigluGradArgs {
   Matrix gate_up, a, da;  // activation tx2F | activation txF | activation txF
 };

@@ -51,6 +51,12 @@ int64_t document_bucket(int64_t tokens) {
   return bucket;
 }
 
+int64_t shared_tokens(const AttentionSchedule& s, int64_t S) {
+  constexpr int64_t kLeast = 32768;  // enough for every multiprocessor
+  const bool blocks = s.backward_queries > 0 && S > std::min(s.backward_queries, s.backward_keys);
+  return document_bucket(blocks ? std::min(S, std::max(s.backward_queries, kLeast)) : S);
+}
+
 int64_t attention_workspace_bytes(const AttentionSchedule& s, const Heads& heads, int64_t S) {
   if (s.backend != AttentionBackend::kCudnn || heads.n == 0) return 0;
   const HeadSpan span = widest(s, heads);
@@ -71,7 +77,18 @@ int64_t attention_grad_workspace_bytes(const AttentionSchedule& s, const Heads& 
   // A block's gradients in bf16; those of the block's queries and of many keys and values in fp32.
   const int64_t queries = s.backward_queries, keys = s.backward_keys, dp = s.deterministic ? 2 * n * queries * keys : 0;
   const int64_t blocks = padded(queries * n * H * kBf16) + padded(queries * n * H * kF32) + 2 * padded(keys * span.groups * H * kBf16) + 2 * padded(summed_keys(s, span.groups * H, S) * span.groups * H * kF32) + padded(queries * n * kF32);
-  return std::max(cudnn_grad_bytes(n, H, queries, keys), cudnn_grad_bytes(n, H, document_bucket(queries), document_bucket(queries))) + dp + blocks;
+  const int64_t shared = shared_tokens(s, S);
+  return std::max(cudnn_grad_bytes(n, H, queries, keys) + blocks, cudnn_grad_bytes(n, H, shared, shared)) + dp;
+}
+
+int64_t attention_besides_bytes(const AttentionSchedule& s, const Heads& heads, int64_t S) {
+  if (s.backend != AttentionBackend::kFlash) return 0;
+  // The backward's: gradients of the queries in fp32 and of queries, keys and values in bf16, the latter two for every query
+  // head as well, and a number a row; of heads that it does not take, padded copies of all that it reads.
+  const int64_t n = heads.n, k = heads.k, H = round_up(heads.H, 8);
+  int64_t token = n * (round_up(H, 32) * kF32 + 3 * H * kBf16 + 2 * kF32) + 2 * k * H * kBf16;
+  if (heads.H != H) token += (3 * n + 2 * k) * H * kBf16;
+  return S * token / 8 * 9;
 }
 
 int64_t document_table_bytes(const AttentionSchedule& s, int64_t S) { return s.backend == AttentionBackend::kCpu ? 0 : 64 * S + 65536; }

@@ -46,9 +46,17 @@ int64_t summed_keys(const AttentionSchedule& schedule, int64_t columns, int64_t 
 // beyond to a multiple of 8K.
 int64_t document_bucket(int64_t tokens);
 
+// Tokens of a call that documents share, slots times the longest, at most: where the backward goes in blocks, the workspace
+// does not grow with the sequence.
+int64_t shared_tokens(const AttentionSchedule& schedule, int64_t S);
+
 // Bytes of workspace for heads over documents of S tokens in all, any layout; 0 on the CPU.
 int64_t attention_workspace_bytes(const AttentionSchedule& schedule, const Heads& heads, int64_t S);
 int64_t attention_grad_workspace_bytes(const AttentionSchedule& schedule, const Heads& heads, int64_t S);
+
+// Bytes that flash attention allocates besides its results' buffers, about; 0 for the others. Documents of less than a few
+// hundred tokens take more: it rounds each up to 128 tokens.
+int64_t attention_besides_bytes(const AttentionSchedule& schedule, const Heads& heads, int64_t S);
 
 // Bytes of the table of documents that a sequence of S tokens may need at most on a GPU; 0 on the CPU.
 int64_t document_table_bytes(const AttentionSchedule& schedule, int64_t S);

@@ -80,7 +80,7 @@ class Ops {
 
   // --- MLP and loss, a tile at a time
   virtual void swiglu(Buffer a_tF, Buffer gate_up_t2F) = 0;                     // a = silu(gate) * up
-  virtual void swiglu_grad(Buffer gate_up_t2F, Buffer a_tF, Buffer da_tF) = 0;  // gate_up becomes its gradient; a is rebuilt
+  virtual void swiglu_grad(Buffer gate_up_t2F, Buffer a_tF, Buffer da_tF) = 0;  // gate_up becomes its gradient; a, where it exists, is rebuilt
   virtual void cross_entropy(Buffer logits_tV, Buffer loss_t, Buffer labels_t) = 0;  // logits become their gradient times the batch's scale
   virtual void sum_loss(Buffer total_1, Buffer loss_s) = 0;                     // total (fp64) += scale * sum
   virtual void embed(Buffer h_sD, Buffer table_VD, Buffer ids_s) = 0;

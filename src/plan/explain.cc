@@ -91,25 +91,28 @@ void Writer::tiles() {
   const step::Options& o = plan_.options;
   line("tiles", "MLP {} x {} tokens, logits and loss {} x {}; logits are never whole", ceil_div(o.s, o.mlp_tile), format_count(o.mlp_tile), ceil_div(o.s, o.loss_tile), format_count(o.loss_tile));
   const auto count = [&](step::Keep k) { return std::count(o.keep.begin(), o.keep.end(), k); };
-  const int64_t all = count(step::Keep::kAll), projections = count(step::Keep::kProjections), input = count(step::Keep::kInput);
-  line("kept", "layer input, attention output and log-sum-exp in {} layers; q, k, v too in {}; gate and up too in {}; attention is never computed twice", spec_.L, projections + all, all);
+  const int64_t everything = count(step::Keep::kEverything), all = count(step::Keep::kGateUp) + everything, projections = count(step::Keep::kProjections), input = count(step::Keep::kInput);
+  line("kept", "layer input, attention output and log-sum-exp in {} layers; q, k, v too in {}; gate and up too in {}{}; attention is never computed twice", spec_.L, projections + all, all,
+       everything > 0 ? fmt::format("; all else too in {}, where nothing is computed twice", everything) : "");
   facts()["tiles"] = {{"mlp_tokens", o.mlp_tile}, {"loss_tokens", o.loss_tile}};
-  facts()["kept_layers"] = {{"input", input}, {"projections", projections}, {"all", all}};
+  facts()["kept_layers"] = {{"input", input}, {"projections", projections}, {"all", all}, {"everything", everything}};
 }
 
 void Writer::attention() {
   const ops::AttentionSchedule& a = plan_.options.attention;
   if (a.backend == ops::AttentionBackend::kCpu) return;
-  const int64_t S = plan_.options.S();
+  const int64_t S = plan_.options.S(), P = plan_.options.exchange_ranks();
+  int64_t most_kv = 0;  // of a rank
+  for (int64_t p = 0; p < P; ++p) most_kv = std::max(most_kv, step::heads_of_rank(spec_, P, p).k);
   std::string text = a.backend == ops::AttentionBackend::kCudnn ? "cuDNN" : "ATen's flash attention (slower than cuDNN on Hopper and newer; allocates its results besides)";
   if (a.backend == ops::AttentionBackend::kCudnn) {
     if (S > a.forward_block) text += fmt::format("; forward in blocks of {} tokens", format_count(a.forward_block));
     if (a.backward_queries > 0 && S > a.backward_queries) text += fmt::format("; backward in blocks of {} x {}", format_count(a.backward_queries), format_count(a.backward_keys));
-    if (a.kv_heads_at_once < spec_.K) text += fmt::format("; {} key-value head{} at a time", a.kv_heads_at_once, a.kv_heads_at_once == 1 ? "" : "s");
+    if (a.kv_heads_at_once < most_kv) text += fmt::format("; {} key-value head{} at a time", a.kv_heads_at_once, a.kv_heads_at_once == 1 ? "" : "s");
   }
   if (a.deterministic) text += "; deterministic: sums in a fixed order, the backward about a tenth slower";
   line("attention", "{}", text);
-  plan_.facts["attention"] = {{"backend", a.backend == ops::AttentionBackend::kCudnn ? "cudnn" : "flash"}, {"kv_heads_at_once", std::min(a.kv_heads_at_once, spec_.K)}, {"forward_block", a.forward_block},
+  plan_.facts["attention"] = {{"backend", a.backend == ops::AttentionBackend::kCudnn ? "cudnn" : "flash"}, {"kv_heads_at_once", std::min(a.kv_heads_at_once, most_kv)}, {"forward_block", a.forward_block},
                               {"backward_queries", a.backward_queries}, {"backward_keys", a.backward_keys}, {"deterministic", a.deterministic}};
 }
 

@@ -3,7 +3,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <numeric>
+#include <array>
 #include <set>
 
 #include "base/check.h"
@@ -68,34 +68,49 @@ ops::AttentionSchedule attention_schedule(const recipe::Recipe& r, const Machine
   return s;
 }
 
-// Tokens of the longest micro-batch: the longest samples that could come together.
-int64_t longest_micro_batch(const recipe::Recipe& r, int64_t max_length, const data::TokenFile* file, const data::Selection& selection) {
+// Tokens of the longest micro-batch: the longest samples that could come together, each as often as an epoch has it.
+int64_t longest_micro_batch(const recipe::Recipe& r, int64_t R, int64_t max_length, const data::TokenFile* file, const data::Selection& selection) {
   if (file == nullptr) return r.micro_batch_size * max_length;
   std::vector<int64_t> lengths;
   for (const int64_t i : selection.samples) lengths.push_back(file->length(i));
-  const size_t n = std::min(lengths.size(), static_cast<size_t>(r.micro_batch_size));
-  std::partial_sort(lengths.begin(), lengths.begin() + static_cast<int64_t>(n), lengths.end(), std::greater<>());
-  return std::accumulate(lengths.begin(), lengths.begin() + static_cast<int64_t>(n), int64_t{0});
+  if (lengths.empty()) return 0;
+  const int64_t n = std::min(static_cast<int64_t>(lengths.size()), r.micro_batch_size), in_epoch = r.min_iterations * r.micro_batch_size * r.gradient_accumulation_steps * R;
+  const int64_t times = std::max<int64_t>(1, ceil_div(in_epoch, static_cast<int64_t>(lengths.size())));
+  std::partial_sort(lengths.begin(), lengths.begin() + n, lengths.end(), std::greater<>());
+  int64_t tokens = 0;
+  for (int64_t i = 0, left = r.micro_batch_size; i < n && left > 0; ++i, left -= times) tokens += lengths[static_cast<size_t>(i)] * std::min(left, times);
+  return tokens;
 }
 
 // Reads all programs of a step.
-void read_step(Priced& priced, const step::Model& model, const step::Options& options) {
+Priced read_step(const step::Model& model, const step::Options& options) {
+  Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()));
   const step::States states = step::make_states(priced, model.units, options);
   step::begin(priced, states);
   step::micro_step(priced, model, options, states);
   step::finish_gradients(priced, options, states);
   if (options.optimizer) step::update(priced, model, options, states);
+  return priced;
 }
 
-// Prices the step on the rank to which it costs most: those with the same heads are alike.
+// Options of the ranks of a sequence to which a step may cost different amounts: others have as many heads, in groups that
+// begin alike.
+std::vector<step::Options> unlike_ranks(const models::Spec& spec, const step::Options& options) {
+  std::set<std::array<int64_t, 3>> seen;
+  std::vector<step::Options> unlike;
+  for (int64_t p = 0; p < options.mesh.P; ++p) {
+    const ops::Heads h = step::heads_of_rank(spec, options.exchange_ranks(), options.exchange ? p : 0);
+    if (!seen.insert({h.n, h.k, h.first_head % h.G}).second) continue;
+    unlike.push_back(options);
+    unlike.back().mesh.rank = p;
+  }
+  return unlike;
+}
+
+// Prices the step on the rank to which it costs most.
 void price_costliest(const step::Model& model, Plan& plan) {
-  std::set<std::pair<int64_t, int64_t>> seen;
   plan.price = {};
-  for (int64_t p = 0; p < plan.mesh.P; ++p) {
-    const ops::Heads h = step::heads_of_rank(model.spec, plan.options.exchange_ranks(), plan.options.exchange ? p : 0);
-    if (!seen.insert({h.n, h.k}).second) continue;
-    step::Options o = plan.options;
-    o.mesh.rank = p;
+  for (const step::Options& o : unlike_ranks(model.spec, plan.options)) {
     Price price = price_step(model, o);
     if (price.run_bytes + price.step_places.arena_bytes > plan.price.run_bytes + plan.price.step_places.arena_bytes) plan.price = std::move(price);
   }
@@ -108,19 +123,25 @@ void price_costliest(const step::Model& model, Plan& plan) {
 void choose_kept(const step::Model& model, Plan& plan, bool cuda) {
   const size_t L = static_cast<size_t>(model.spec.L);
   const double limit = (cuda ? 0.99 : 0.8) * static_cast<double>(plan.budget_bytes);
-  const auto keep = [&](size_t all, size_t projections) {
+  // Layers that keep at least this much; every level holds what the one before does.
+  constexpr std::array kLevels{step::Keep::kProjections, step::Keep::kGateUp, step::Keep::kEverything};
+  const size_t num_levels = cuda ? 3 : 2;  // on the CPU memory is worth more than a norm
+  using Counts = std::array<size_t, kLevels.size()>;
+  const auto keep = [&](const Counts& layers) {
     plan.options.keep.assign(L, step::Keep::kInput);
-    std::fill_n(plan.options.keep.begin(), projections, step::Keep::kProjections);
-    std::fill_n(plan.options.keep.begin(), all, step::Keep::kAll);
+    for (size_t level = 0; level < num_levels; ++level) std::fill_n(plan.options.keep.begin(), layers[level], kLevels[level]);
   };
-  const auto fits = [&](size_t all, size_t projections) {
-    keep(all, projections);
-    Priced priced({plan.mesh.P, plan.mesh.W}, plan.options.s, ops::document_table_bytes(plan.options.attention, plan.options.S()));
-    read_step(priced, model, plan.options);
-    const double alive = static_cast<double>(priced.peak() + plan.besides_bytes);
-    if (alive > limit || !cuda) return alive <= limit;
-    const Price price = priced.price();
-    return static_cast<double>(price.run_bytes + price.step_places.arena_bytes + plan.besides_bytes) <= limit;
+  const auto fits = [&](const Counts& layers) {
+    keep(layers);
+    const auto fits_one = [&](const step::Options& o) {
+      const Priced priced = read_step(model, o);
+      const double alive = static_cast<double>(priced.peak() + plan.besides_bytes);
+      if (alive > limit || !cuda) return alive <= limit;
+      const Price price = priced.price();
+      return static_cast<double>(price.run_bytes + price.step_places.arena_bytes + plan.besides_bytes) <= limit;
+    };
+    const std::vector<step::Options> unlike = unlike_ranks(model.spec, plan.options);
+    return std::all_of(unlike.begin(), unlike.end(), fits_one);
   };
   const auto most = [&](auto fits_with) {  // the largest n <= L with fits_with(n), which is monotonic
     size_t low = 0, high = L;
@@ -131,14 +152,19 @@ void choose_kept(const step::Model& model, Plan& plan, bool cuda) {
     }
     return low;
   };
-  size_t projections = 0, all = 0;
-  if (plan.budget_bytes > 0 && fits(L, L)) {
-    all = L;
-  } else if (plan.budget_bytes > 0 && fits(0, 0)) {
-    projections = most([&](size_t n) { return fits(0, n); });
-    if (projections == L) all = most([&](size_t n) { return fits(n, L); });
+  Counts layers{};
+  const Counts all{L, L, L};
+  if (plan.budget_bytes > 0 && fits(all)) {
+    layers = all;
+  } else if (plan.budget_bytes > 0 && fits({})) {
+    for (size_t level = 0; level < num_levels && (level == 0 || layers[level - 1] == L); ++level)
+      layers[level] = most([&](size_t n) {
+        Counts tried = layers;
+        tried[level] = n;
+        return fits(tried);
+      });
   }
-  keep(all, projections);
+  keep(layers);
   price_costliest(model, plan);
   plan.fits = plan.budget_bytes == 0 || total_bytes(plan) <= plan.budget_bytes;
 }
@@ -162,7 +188,7 @@ void choose_options(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
   o.attention = attention_schedule(r, machine, most, o.S());
 
   plan.budget_bytes = budget(r, machine, world);
-  if (machine.cuda) plan.besides_bytes = kLibraryBytes + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(std::max(spec.D, 2 * spec.F));
+  if (machine.cuda) plan.besides_bytes = kLibraryBytes + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(widest_summed_columns(spec)) + ops::attention_besides_bytes(o.attention, most, o.S());
 }
 
 std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Plan& plan) {
@@ -176,11 +202,7 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
 
 }  // namespace
 
-Price price_step(const step::Model& model, const step::Options& options) {
-  Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()));
-  read_step(priced, model, options);
-  return priced.price();
-}
+Price price_step(const step::Model& model, const step::Options& options) { return read_step(model, options).price(); }
 
 int64_t padded_length(const recipe::Recipe& r, int64_t max_length, int64_t P, int64_t tokens) {
   const int64_t target = r.data.pad_to == recipe::PadTo::kMaxLength ? std::max(tokens, r.micro_batch_size * max_length) : round_up(std::max<int64_t>(tokens, 1), r.data.div_length);
@@ -225,11 +247,10 @@ int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, con
     plan.planned_length = padded_length(shorter, shorter.data.max_length, plan.mesh.P, shorter.micro_batch_size * shorter.data.max_length);
     choose_options(plan, shorter, spec, machine, world);
     plan.options.keep.assign(static_cast<size_t>(spec.L), step::Keep::kInput);
-    Priced priced({plan.mesh.P, plan.mesh.W}, plan.options.s, ops::document_table_bytes(plan.options.attention, plan.options.S()));
-    read_step(priced, model, plan.options);
-    return priced.peak() + plan.besides_bytes <= budget_bytes / 200 * 199;
+    const std::vector<step::Options> unlike = unlike_ranks(spec, plan.options);
+    return std::all_of(unlike.begin(), unlike.end(), [&](const step::Options& o) { return read_step(model, o).peak() + plan.besides_bytes <= budget_bytes / 200 * 199; });
   };
-  int64_t low = 0, high = int64_t{1} << 18;
+  int64_t low = 0, high = (r.data.max_length > 0 ? r.data.max_length : spec.max_positions) / kStep;
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
     if (fits(middle)) low = middle;
@@ -265,7 +286,7 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
     plan.steps_per_epoch = steps.per_epoch, plan.horizon = steps.horizon, plan.num_steps = steps.run;
   }
 
-  plan.planned_length = padded_length(r, plan.max_length, plan.mesh.P, longest_micro_batch(r, plan.max_length, file ? &*file : nullptr, selection));
+  plan.planned_length = padded_length(r, plan.max_length, plan.mesh.P, longest_micro_batch(r, plan.mesh.R(), plan.max_length, file ? &*file : nullptr, selection));
   choose(plan, r, spec, machine, world);
   if (!plan.fits) {
     const int64_t longest = longest_that_fits(r, spec, machine, world, plan.budget_bytes);

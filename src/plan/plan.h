@@ -1,6 +1,7 @@
 // What will be done: a pure function of recipe, model and machine, the same on every rank, printable and hashed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -73,10 +74,13 @@ void choose(Plan& plan, const recipe::Recipe& recipe, const models::Spec& spec, 
 // Prices the programs of one rank.
 Price price_step(const step::Model& model, const step::Options& options);
 
+// Columns of the widest matrix whose rows a kernel of the GPU sums: what its scratch is made for.
+inline int64_t widest_summed_columns(const models::Spec& spec) { return std::max({spec.D, 2 * spec.F, spec.qkv_columns()}); }
+
 // Bytes of a plan on one device, in all.
 inline int64_t total_bytes(const Plan& p) { return p.price.run_bytes + p.price.step_places.arena_bytes + p.besides_bytes; }
 
-// The longest data.max_length that fits into `budget_bytes` for one rank, all else as the plan has it; 0 if none does.
+// The longest data.max_length, up to what the recipe has, that fits into `budget_bytes` for one rank, all else as the plan has it; 0 if none does.
 int64_t longest_that_fits(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes);
 
 // Padded length of a micro-batch of `tokens`: to div_length (or max_length) and to a multiple of P.

@@ -54,14 +54,15 @@ void Block::output_projection(const LayerViews& w, Buffer y_sD, Buffer o_sNH, Bu
   if (w.o_bias_D.exists()) ops_.add_bias(y_sD, w.o_bias_D);
 }
 
-void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h_sD, Buffer gate_up_s2F) const {
+void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h_sD, const Saved& saved) const {
   const int64_t s = options_.s, tile = std::min(options_.mlp_tile, s), F = spec_.F;
-  Held scratch_t2F, a_tF = make(tile, F, Kind::kActivations, "MLP activation tile");
-  if (!gate_up_s2F.exists()) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
+  Held scratch_t2F, a_tF;
+  if (!saved.a_sF.exists()) a_tF = make(tile, F, Kind::kActivations, "MLP activation tile");
+  if (!saved.gate_up_s2F.exists()) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
   for (int64_t first = 0; first < s; first += tile) {
     const int64_t t = std::min(tile, s - first);
-    const Buffer gate_up = gate_up_s2F.exists() ? gate_up_s2F.row_range(first, t) : (*scratch_t2F).row_range(0, t);
-    const Buffer a = (*a_tF).row_range(0, t), y = y_sD.row_range(first, t);
+    const Buffer gate_up = saved.gate_up_s2F.exists() ? (*saved.gate_up_s2F).row_range(first, t) : (*scratch_t2F).row_range(0, t);
+    const Buffer a = saved.a_sF.exists() ? (*saved.a_sF).row_range(first, t) : (*a_tF).row_range(0, t), y = y_sD.row_range(first, t);
     ops_.linear(gate_up, h_sD.row_range(first, t), w.gate_up_2FD);
     if (w.gate_up_bias_2F.exists()) ops_.add_bias(gate_up, w.gate_up_bias_2F);
     ops_.swiglu(a, gate_up);
@@ -72,14 +73,16 @@ void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h
 
 Held Block::forward(const LayerViews& w, Held x_sD, Keep keep, Saved& saved, int64_t layer) const {
   const int64_t s = options_.s, D = spec_.D;
-  const bool projections = keep >= Keep::kProjections;
+  const bool projections = keep >= Keep::kProjections, everything = keep == Keep::kEverything;
+  const Kind normed = everything ? Kind::kSaved : Kind::kActivations;
   ops_.mark("attention forward", layer);
   {
     Held qkv_S;
     {
-      Held h_sD = make(s, D, Kind::kActivations, "normed input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+      Held h_sD = make(s, D, normed, "normed input"), rstd_s = make(s, 1, normed, "rstd", Dtype::kF32);
       ops_.rms_norm(h_sD, rstd_s, x_sD, w.norm1_D, spec_.norm_eps);
       qkv_S = ulysses_.qkv_to_heads(project(w, h_sD, projections ? &saved : nullptr));
+      if (everything) saved.h1_sD = std::move(h_sD), saved.rstd1_s = std::move(rstd_s);
     }
     const ops::Heads& heads = ulysses_.heads();
     Held o_SnH = make(options_.S(), heads.n * heads.H, Kind::kSaved, "attention output");
@@ -94,17 +97,26 @@ Held Block::forward(const LayerViews& w, Held x_sD, Keep keep, Saved& saved, int
   }
   ops_.mark("MLP forward", layer);
   Held y_sD = make(s, D, Kind::kSaved, "layer input");
-  Held h_sD = make(s, D, Kind::kActivations, "normed MLP input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+  Held h_sD = make(s, D, normed, "normed MLP input"), rstd_s = make(s, 1, normed, "rstd", Dtype::kF32);
   // Never built in the output's place, though it could be: cuBLAS rounds sums in place otherwise, and what is kept must not
   // change what is computed. Forward has the room: a step's peak is in backward.
   Held x1_sD = make(s, D, projections ? Kind::kSaved : Kind::kActivations, "MLP input");
   output_projection(w, x1_sD, saved.o_sNH, x_sD);
   ops_.rms_norm(h_sD, rstd_s, x1_sD, w.norm2_D, spec_.norm_eps);
-  if (keep == Keep::kAll) saved.gate_up_s2F = make(s, 2 * spec_.F, Kind::kSaved, "gate and up");
-  mlp_forward(w, y_sD, x1_sD, h_sD, saved.gate_up_s2F);
+  if (keep >= Keep::kGateUp) saved.gate_up_s2F = make(s, 2 * spec_.F, Kind::kSaved, "gate and up");
+  if (everything) saved.a_sF = make(s, spec_.F, Kind::kSaved, "MLP activation");
+  mlp_forward(w, y_sD, x1_sD, h_sD, saved);
+  if (everything) saved.h2_sD = std::move(h_sD), saved.rstd2_s = std::move(rstd_s);
   if (projections) saved.x1_sD = std::move(x1_sD);
   saved.x_sD = std::move(x_sD);
   return y_sD;
+}
+
+void Block::normed_again(Held& h_sD, Held& rstd_s, Buffer x_sD, Buffer w_D, const char* what) const {
+  if (h_sD.exists()) return;
+  h_sD = make(options_.s, spec_.D, Kind::kActivations, what);
+  rstd_s = make(options_.s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+  ops_.rms_norm(h_sD, rstd_s, x_sD, w_D, spec_.norm_eps);
 }
 
 void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, Buffer dy_sD) const {
@@ -113,30 +125,34 @@ void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, Saved& saved
     saved.x1_sD = make(s, D, Kind::kActivations, "MLP input, rebuilt");
     output_projection(w, saved.x1_sD, saved.o_sNH, saved.x_sD);
   }
-  Held h_sD = make(s, D, Kind::kActivations, "normed MLP input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
-  ops_.rms_norm(h_sD, rstd_s, saved.x1_sD, w.norm2_D, spec_.norm_eps);
+  normed_again(saved.h2_sD, saved.rstd2_s, saved.x1_sD, w.norm2_D, "normed MLP input");
+  const Buffer h_sD = saved.h2_sD;
   Held dh_sD = make(s, D, Kind::kActivations, "gradient of the normed MLP input");
-  Held scratch_t2F, a_tF = make(tile, F, Kind::kActivations, "MLP activation tile"), da_tF = make(tile, F, Kind::kActivations, "MLP gradient tile");
+  Held scratch_t2F, a_tF, da_tF = make(tile, F, Kind::kActivations, "MLP gradient tile");
+  const bool activation = saved.a_sF.exists();
+  if (!activation) a_tF = make(tile, F, Kind::kActivations, "MLP activation tile");
   const bool kept = saved.gate_up_s2F.exists();
   if (!kept) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
   for (int64_t first = 0; first < s; first += tile) {
     const int64_t t = std::min(tile, s - first);
     const Buffer gate_up = kept ? (*saved.gate_up_s2F).row_range(first, t) : (*scratch_t2F).row_range(0, t);
-    const Buffer h = (*h_sD).row_range(first, t), a = (*a_tF).row_range(0, t), da = (*da_tF).row_range(0, t), dy = dy_sD.row_range(first, t);
+    const Buffer h = h_sD.row_range(first, t), a = activation ? (*saved.a_sF).row_range(first, t) : (*a_tF).row_range(0, t), da = (*da_tF).row_range(0, t), dy = dy_sD.row_range(first, t);
     if (!kept) {
       ops_.linear(gate_up, h, w.gate_up_2FD);
       if (w.gate_up_bias_2F.exists()) ops_.add_bias(gate_up, w.gate_up_bias_2F);
     }
     ops_.linear_dx(da, dy, w.down_DF);
-    ops_.swiglu_grad(gate_up, a, da);
+    ops_.swiglu_grad(gate_up, activation ? Buffer{} : a, da);
     ops_.linear_dw(dw.down_DF, dy, a);
     ops_.linear_dw(dw.gate_up_2FD, gate_up, h);
     if (dw.gate_up_bias_2F.exists()) ops_.bias_grad(dw.gate_up_bias_2F, gate_up);
     ops_.linear_dx((*dh_sD).row_range(first, t), gate_up, w.gate_up_2FD);
   }
   saved.gate_up_s2F.reset();
+  saved.a_sF.reset();
+  saved.h2_sD.reset();
   if (dw.down_bias_D.exists()) ops_.bias_grad(dw.down_bias_D, dy_sD);
-  ops_.rms_norm_grad(dy_sD, dw.norm2_D, dh_sD, saved.x1_sD, rstd_s, w.norm2_D);
+  ops_.rms_norm_grad(dy_sD, dw.norm2_D, dh_sD, saved.x1_sD, saved.rstd2_s, w.norm2_D);
   saved.x1_sD.reset();
 }
 
@@ -153,10 +169,10 @@ void Block::rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, co
 }
 
 void Block::attention_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, Buffer dy_sD) const {
-  const int64_t s = options_.s, D = spec_.D;
+  const int64_t s = options_.s;
   const ops::Heads& heads = ulysses_.heads();
-  Held h_sD = make(s, D, Kind::kActivations, "normed input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
-  ops_.rms_norm(h_sD, rstd_s, saved.x_sD, w.norm1_D, spec_.norm_eps);
+  normed_again(saved.h1_sD, saved.rstd1_s, saved.x_sD, w.norm1_D, "normed input");
+  const Buffer h_sD = saved.h1_sD;
   if (!saved.qkv_S.exists()) saved.qkv_S = ulysses_.qkv_to_heads(project(w, h_sD, &saved));
 
   ops_.linear_dw(dw.o_DO, dy_sD, saved.o_sNH);
@@ -184,7 +200,7 @@ void Block::attention_backward(const LayerViews& w, const LayerViews& dw, Saved&
   ops_.linear_dw(dw.qkv_OD, dqkv_s, h_sD);
   if (dw.qkv_bias_O.exists()) ops_.bias_grad(dw.qkv_bias_O, dqkv_s);
   ops_.linear_dx(h_sD, dqkv_s, w.qkv_OD);
-  ops_.rms_norm_grad(dy_sD, dw.norm1_D, h_sD, saved.x_sD, rstd_s, w.norm1_D);
+  ops_.rms_norm_grad(dy_sD, dw.norm1_D, h_sD, saved.x_sD, saved.rstd1_s, w.norm1_D);
 }
 
 void Block::backward(const LayerViews& w, const LayerViews& dw, Saved saved, Buffer dy_sD, int64_t layer) const {

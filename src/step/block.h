@@ -11,7 +11,8 @@ namespace uly::step {
 struct Saved {
   ops::Held x_sD, o_sNH, lse_Sn;               // always
   ops::Held qkv_S, raw_qk, rstd_qk, x1_sD;     // Keep::kProjections; raw_qk and rstd_qk with qk_norm only
-  ops::Held gate_up_s2F;                       // Keep::kAll
+  ops::Held gate_up_s2F;                       // Keep::kGateUp
+  ops::Held h1_sD, rstd1_s, h2_sD, rstd2_s, a_sF;  // Keep::kEverything: the normed inputs of attention and MLP, silu(gate) up
 };
 
 // The weights of one layer as views of its flat buffer; the same struct names its gradients.
@@ -38,8 +39,10 @@ class Block {
   ops::Held make(int64_t rows, int64_t columns, ops::Kind kind, const char* what) const { return make(rows, columns, kind, what, options_.dtype); }
   // No buffer for 0 bytes.
   ops::Held workspace(int64_t bytes) const { return bytes > 0 ? make(1, bytes, ops::Kind::kActivations, "attention workspace", Dtype::kU8) : ops::Held(); }
+  // Fills h and rstd from x unless they have been kept.
+  void normed_again(ops::Held& h_sD, ops::Held& rstd_s, ops::Buffer x_sD, ops::Buffer w_D, const char* what) const;
   void output_projection(const LayerViews& w, ops::Buffer y_sD, ops::Buffer o_sNH, ops::Buffer x_sD) const;
-  void mlp_forward(const LayerViews& w, ops::Buffer y_sD, ops::Buffer x1_sD, ops::Buffer h_sD, ops::Buffer gate_up_s2F) const;
+  void mlp_forward(const LayerViews& w, ops::Buffer y_sD, ops::Buffer x1_sD, ops::Buffer h_sD, const Saved& saved) const;
   void mlp_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, ops::Buffer dy_sD) const;
   void attention_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, ops::Buffer dy_sD) const;
   void rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, const Saved& saved, ops::Buffer dqkv_s) const;

@@ -22,7 +22,8 @@ struct Mesh {
 enum class Keep : uint8_t {
   kInput,        // the layer's input, attention output and log-sum-exp
   kProjections,  // and q, k, v as attention saw them, and the input of the MLP
-  kAll,          // and gate and up
+  kGateUp,       // and gate and up: no GEMM is repeated
+  kEverything,   // and the normed inputs and the MLP's activation: nothing is computed twice
 };
 
 struct Options {

@@ -206,8 +206,13 @@ void Loop::run() {
 }
 
 // `before`: resident bytes before the arenas were made. What is left over is what ATen and Gloo have allocated.
-void say_memory(Session& s, int64_t before) {
+void say_memory(Session& s, int64_t before, bool cuda) {
   if (!s.first()) return;
+  if (cuda) {  // its memory is no part of what is resident here
+    const plan::Plan& p = s.plan();
+    say("memory: {} of the GPU, as priced = {} between steps + {} within one + {} for libraries", format_bytes(plan::total_bytes(p)), format_bytes(p.price.run_bytes), format_bytes(p.price.step_places.arena_bytes), format_bytes(p.besides_bytes));
+    return;
+  }
   const int64_t priced = s.plan().price.run_bytes, used = s.engine().peak_placed_bytes(), peak = memory::peak_resident_bytes();
   say("memory: {} at most = {} program and libraries + {} between steps + {} within one ({} priced) + {} that libraries allocated", format_bytes(peak), format_bytes(before), format_bytes(priced),
       format_bytes(used), format_bytes(s.plan().price.step_places.arena_bytes), format_bytes(std::max<int64_t>(0, peak - before - priced - used)));
@@ -223,7 +228,7 @@ int run(const Job& job, comm::World& world) {
     for (const plan::Line& line : session.plan().lines) say("{:<10} {}", line.subject, line.text);
   Loop loop(session, job);
   loop.run();
-  say_memory(session, before);
+  say_memory(session, before, job.cuda);
   world.all().barrier();
   return static_cast<int>(Exit::kDone);
 }

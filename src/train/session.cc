@@ -21,6 +21,7 @@ namespace {
 // The GPU of a rank as the driver sees it before this program uses it.
 void look_at_gpu(plan::Machine& machine, int64_t local_rank, int64_t local_ranks) {
   const launch::Gpus gpus = launch::ask_gpus();
+  machine.gpus = gpus.visible;
   if (gpus.list.empty()) return;
   const launch::Gpu& gpu = gpus.list[static_cast<size_t>(local_rank) % gpus.list.size()];
   machine.gpus = static_cast<int64_t>(gpus.list.size());
@@ -126,7 +127,7 @@ void Session::make_engine(const Job& job, int64_t local_rank) {
     engine_ = engine::make_cpu_engine(world_.all(), *sequence_);
     return;
   }
-  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(std::max(spec().D, 2 * spec().F)), .deterministic = recipe_.deterministic, .advice = {}};
+  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .advice = {}};
   options.advice = [this, local_rank](int64_t bytes) {
     const int64_t longest = plan::longest_that_fits(recipe_, spec(), machine_, world_.size(), bytes + plan_.besides_bytes);
     return others_on_gpu(local_rank) + (longest > 0 ? fmt::format("; the longest that fits is data.max_length={}", longest) : "");

@@ -168,8 +168,12 @@ TEST_P(KernelsGpuTest, SwigluAndItsGradient) {
   swiglu({.a = a.d(), .gate_up = gate_up.d()}, nullptr);
   a.expect_close();
   const std::vector<char> forward = a.download();
+  swiglu_grad({.gate_up = gate_up.d(), .a = {}, .da = da.d()}, nullptr);
+  const std::vector<char> without = gate_up.download();
+  gate_up.upload();
   cpu::swiglu_grad({.gate_up = gate_up.h(), .a = a.h(), .da = da.h()}, 0, c.rows);
   swiglu_grad({.gate_up = gate_up.d(), .a = a.d(), .da = da.d()}, nullptr);
+  EXPECT_EQ(gate_up.download(), without) << "a is not wanted";
   gate_up.expect_close(), a.expect_close();
   EXPECT_EQ(a.download(), forward) << "the rebuilt a";
 }

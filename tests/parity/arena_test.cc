@@ -46,7 +46,7 @@ TEST_P(ArenaTest, MeasuredPeakEqualsThePricedOne) {
   EXPECT_LE(touched, (price.step_places.arena_bytes + (2 << 20)) / (2 << 20) * (2 << 20)) << "whole huge pages";
 }
 
-INSTANTIATE_TEST_SUITE_P(Kept, ArenaTest, testing::Values(step::Keep::kInput, step::Keep::kProjections, step::Keep::kAll));
+INSTANTIATE_TEST_SUITE_P(Kept, ArenaTest, testing::Values(step::Keep::kInput, step::Keep::kProjections, step::Keep::kGateUp, step::Keep::kEverything));
 
 }  // namespace
 }  // namespace uly::parity

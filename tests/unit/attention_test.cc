@@ -59,6 +59,27 @@ TEST(AttentionWorkspaceTest, StaysUnderSixGiBAtAnyLength) {
       }
 }
 
+// As engine/cuda/attention.cc cuts them: slots x longest, with the gradient of the queries in fp32, those of keys and values
+// for every query head in bf16 and a number a row; in a fixed order besides what is quadratic in the longest.
+TEST(AttentionWorkspaceTest, HoldsEveryCallThatDocumentsShare) {
+  plan::Machine machine;
+  machine.cuda = true, machine.gpu_major = 9;
+  for (const bool deterministic : {false, true})
+    for (const models::Spec& spec : {shape(32, 8, 128), shape(64, 8, 128), shape(32, 32, 128), shape(16, 1, 128), shape(32, 8, 64)})
+      for (int64_t S = 1024; S <= int64_t{1} << 24; S *= 2) {
+        plan::Plan p;
+        p.planned_length = S;
+        plan::choose(p, bf16_recipe(deterministic), spec, machine, 1);
+        const AttentionSchedule& s = p.options.attention;
+        const Heads heads{.n = spec.N, .k = spec.K, .H = spec.H, .G = spec.N / spec.K};
+        const int64_t n = heads.G * std::min(heads.k, s.kv_heads_at_once), tokens = shared_tokens(s, S);
+        const int64_t ordered = deterministic ? 2 * n * std::min(document_bucket(S), s.backward_queries) * std::min(document_bucket(S), s.backward_keys) : 0;
+        EXPECT_GE(attention_grad_workspace_bytes(s, heads, S), tokens * n * (spec.H * 8 + 4) + ordered) << S << (deterministic ? ", deterministic" : "");
+        const int64_t alone = s.backward_queries > 0 ? std::min({S, s.backward_queries, s.backward_keys}) : S;  // longer ones go in blocks
+        EXPECT_GE(tokens, alone);
+      }
+}
+
 TEST(AttentionWorkspaceTest, TheCpuNeedsNone) {
   const Heads heads{.n = 32, .k = 8, .H = 128, .G = 4};
   EXPECT_EQ(attention_workspace_bytes({}, heads, 1 << 20), 0);
@@ -73,6 +94,18 @@ TEST(AttentionScheduleTest, OlderGpusGetFlashAttention) {
   p.planned_length = 4096;
   plan::choose(p, bf16_recipe(false), shape(32, 8, 128), machine, 1);
   EXPECT_EQ(p.options.attention.backend, AttentionBackend::kFlash);
+}
+
+TEST(AttentionScheduleTest, WhatFlashAttentionAllocatesIsPriced) {
+  plan::Machine machine;
+  machine.cuda = true, machine.gpu_major = 8;
+  const models::Spec spec = shape(32, 8, 128);
+  plan::Plan flash, cudnn;
+  flash.planned_length = cudnn.planned_length = 65536;
+  plan::choose(flash, bf16_recipe(false), spec, machine, 1);
+  machine.gpu_major = 9;
+  plan::choose(cudnn, bf16_recipe(false), spec, machine, 1);
+  EXPECT_GT(flash.besides_bytes - cudnn.besides_bytes, int64_t{65536} * 32 * 128 * 10);  // fp32 for queries, bf16 for q, k and v
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "data/batch.h"
 #include "data/sampler.h"
 #include "data/token_file.h"
+#include "plan/plan.h"
 
 namespace uly::data {
 namespace {
@@ -103,6 +104,20 @@ TEST(BatchTest, AnEmptyMicroBatchIsPaddingWithoutLabels) {
 TEST(TokenFileTest, TokensOutsideTheVocabularyAreRefused) {
   EXPECT_THROW(TokenFile(write_tokens({{1, 100}}, {{0, 1}})), UserError);
   EXPECT_THROW(TokenFile(write_tokens({{-1}}, {{0}})), UserError);
+}
+
+// With min_iterations few samples come several times an epoch: two copies of the longest may meet.
+TEST(TokenFileTest, ThePlanKnowsThatASampleMayMeetItself) {
+  const std::vector<std::vector<int32_t>> documents{std::vector<int32_t>(10, 1), std::vector<int32_t>(4, 1), std::vector<int32_t>(4, 1)};
+  const std::string path = write_tokens(documents, {std::vector<uint8_t>(10, 1), std::vector<uint8_t>(4, 1), std::vector<uint8_t>(4, 1)});
+  models::Spec spec;
+  spec.D = 64, spec.F = 96, spec.N = 4, spec.K = 2, spec.H = 16, spec.V = 100, spec.L = 1;
+  recipe::Recipe recipe;
+  recipe.data.max_length = 16, recipe.data.div_length = 1, recipe.micro_batch_size = 2;
+  const auto planned = [&] { return plan::make(recipe, spec, {}, 1, plan::DataFacts{.tokens_path = path}).planned_length; };
+  EXPECT_EQ(planned(), 14);
+  recipe.min_iterations = 3;  // six samples: each twice
+  EXPECT_EQ(planned(), 20);
 }
 
 TEST(TokenFileTest, SamplesBeyondMaxLengthAreDroppedAndCounted) {

@@ -339,6 +339,9 @@ TEST_P(KernelsTest, SwigluAndItsGradientMatchTheirFormula) {
   expect_close(a, [&](int64_t i, int64_t j) { return gate_up(i, j) * sigmoid(i, j) * gate_up(i, F + j); });
   run_in_ranges({&d, &again}, c.rows, [&](int64_t b, int64_t e) { cpu::swiglu_grad({.gate_up = d.m(), .a = again.m(), .da = da.m()}, b, e); });
   EXPECT_TRUE(a == again) << "the rebuilt a";
+  Values without = gate_up;
+  run_in_ranges({&without}, c.rows, [&](int64_t b, int64_t e) { cpu::swiglu_grad({.gate_up = without.m(), .a = {}, .da = da.m()}, b, e); });
+  EXPECT_TRUE(without == d) << "a is not wanted";
   expect_close(d, [&](int64_t i, int64_t j) {
     const int64_t k = j % F;
     const double s = sigmoid(i, k), g = gate_up(i, k);

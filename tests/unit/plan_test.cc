@@ -2,7 +2,7 @@
 
 #include <random>
 
-#include "plan/price.h"
+#include "plan/plan.h"
 #include "step/decoder.h"
 
 namespace uly::plan {
@@ -68,7 +68,7 @@ TEST(PriceTest, KeepingEverythingRebuildsNothing) {
   const models::Spec m = llama_8b();
   step::Options o = resident(m, 4096);
   const Price rebuilt = price(m, o);
-  o.keep.assign(o.keep.size(), step::Keep::kAll);
+  o.keep.assign(o.keep.size(), step::Keep::kGateUp);
   const Price kept = price(m, o);
   const double D = 4096, F = 14336, S = 4096, L = 32;
   EXPECT_NEAR(rebuilt.gemm_flops - kept.gemm_flops, L * 2 * S * (D * 6144 + D * D + 2 * F * D), 1e-3 * kept.gemm_flops * 1e-3);
@@ -109,6 +109,22 @@ TEST(UlyssesTest, HeadsOfAllRanksAreAllHeadsOnce) {
       }
       EXPECT_EQ(next, N);
     }
+}
+
+// What is kept must fit on the rank with most heads, not on the first.
+TEST(ChooseTest, UnevenHeadsFitWhereTheLeastKeptDoes) {
+  Machine machine;
+  machine.cuda = true, machine.gpu_major = 9, machine.gpu_free_bytes = int64_t{139} << 30;
+  recipe::Recipe recipe;
+  recipe.model.dtype = Dtype::kBf16, recipe.sequence_parallel_size = 3;
+  for (const int64_t length : {150000, 225000, 300000}) {
+    Plan plan;
+    plan.mesh = {.W = 3, .P = 3, .rank = 0};
+    plan.planned_length = length;
+    choose(plan, recipe, llama_8b(), machine, 3);
+    EXPECT_TRUE(plan.fits) << length;
+    EXPECT_LE(total_bytes(plan), plan.budget_bytes);
+  }
 }
 
 TEST(OptimizerTest, UpdateRangesCoverEveryParameterOnce) {

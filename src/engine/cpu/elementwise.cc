@@ -66,7 +66,7 @@ void CpuEngine::rope(ops::Buffer x, ops::Buffer table, int direction) { over(x.r
 void CpuEngine::swiglu(ops::Buffer a, ops::Buffer gate_up) { over(a.rows, a.columns * 4, kernels::SwigluArgs{matrix(a), matrix(gate_up)}, &cpu::swiglu); }
 
 void CpuEngine::swiglu_grad(ops::Buffer gate_up, ops::Buffer a, ops::Buffer da) {
-  over(a.rows, a.columns * 4, kernels::SwigluGradArgs{matrix(gate_up), matrix(a), matrix(da)}, &cpu::swiglu_grad);
+  over(da.rows, da.columns * 4, kernels::SwigluGradArgs{matrix(gate_up), matrix(a), matrix(da)}, &cpu::swiglu_grad);
 }
 
 void CpuEngine::cross_entropy(ops::Buffer logits, ops::Buffer loss, ops::Buffer labels) {

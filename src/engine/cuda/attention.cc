@@ -111,7 +111,7 @@ std::vector<std::byte> Attention::plan(const std::vector<int64_t>& starts, const
     std::memcpy(image.data() + from, values.data(), bytes);
     return reinterpret_cast<const std::remove_cvref_t<decltype(values[0])>*>(table + from);
   };
-  const int64_t capacity = ops::document_bucket(shapes.qkv.rows);
+  const int64_t capacity = ops::shared_tokens(shapes.schedule, shapes.qkv.rows);
   for (const auto& [longest, documents] : by_length) {
     int64_t most = std::max<int64_t>(1, std::min(capacity / longest, kMostSlotHeads / std::max<int64_t>(1, h.n)));
     if (shapes.schedule.deterministic) most = std::max<int64_t>(1, std::min(most, std::min(shapes.schedule.backward_queries, capacity) * std::min(shapes.schedule.backward_keys, capacity) / (longest * longest)));

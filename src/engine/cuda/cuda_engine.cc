@@ -1,5 +1,7 @@
 #include "engine/cuda/cuda_engine.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "base/check.h"
@@ -32,7 +34,11 @@ std::byte* CudaEngine::reserve(ops::Life life, int64_t bytes) {
   size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for free memory");
   if (bytes > static_cast<int64_t>(free)) out_of_memory(bytes);
-  memory = Memory(Place::kDevice, bytes);
+  try {
+    memory = Memory(Place::kDevice, bytes);
+  } catch (const DeviceError&) {  // free, but not at one place; or somebody else has taken it
+    out_of_memory(bytes);
+  }
   if (life == ops::Life::kRun) check(cudaMemsetAsync(memory.base(), 0, static_cast<size_t>(bytes), stream_), "emptying memory");
   return memory.base();
 }
@@ -128,6 +134,7 @@ AttentionArgs CudaEngine::attention_args(ops::Buffer o, ops::Buffer lse, ops::Bu
     std::byte* at = static_cast<std::byte*>(address(table_)) + table_used_;
     if (schedule.backend == ops::AttentionBackend::kCudnn) {
       const std::vector<std::byte> image = attention_->plan(batch().document_starts, a, at);
+      ULY_CHECK(table_used_ + static_cast<int64_t>(image.size()) <= table_.bytes(), "the table of documents has room");
       send(at, image.data(), static_cast<int64_t>(image.size()));
     } else {
       const std::vector<int32_t> starts(batch().document_starts.begin(), batch().document_starts.end());
@@ -155,11 +162,24 @@ void CudaEngine::attention_grad(ops::Buffer dqkv, ops::Buffer d_o, ops::Buffer q
 
 // --- exchanges, through pinned host memory
 
+Memory CudaEngine::pinned(int64_t bytes) {
+  if (bytes == 0) return Memory();
+  const int64_t size = round_up(bytes, std::max<int64_t>(4096, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(bytes)) / 8)));
+  for (Memory& m : pinned_)
+    if (m.bytes() == size) {
+      Memory found = std::move(m);
+      m = std::move(pinned_.back());
+      pinned_.pop_back();
+      return found;
+    }
+  return Memory(Place::kHost, size);
+}
+
 ops::Event CudaEngine::exchange(const ops::Buffer& to, const ops::Buffer& from, const std::function<comm::Work(void*, void*)>& start) {
   const Range r = range(Work::kExchange, "exchange");
   Exchange& e = exchanges_.emplace_back();
-  e.from = Memory(Place::kHost, from.bytes());
-  e.to = Memory(Place::kHost, to.bytes());
+  e.from = pinned(from.bytes());
+  e.to = pinned(to.bytes());
   e.into = to;
   check(cudaMemcpyAsync(e.from.base(), address(from), static_cast<size_t>(from.bytes()), cudaMemcpyDeviceToHost, stream_), "copy to the host");
   check(cudaStreamSynchronize(stream_), where().c_str());
@@ -197,7 +217,7 @@ void CudaEngine::wait(ops::Event event) {
   if (!e.to.base()) return;
   check(cudaMemcpyAsync(address(e.into), e.to.base(), static_cast<size_t>(e.into.bytes()), cudaMemcpyHostToDevice, stream_), "copy to the GPU");
   check(cudaStreamSynchronize(stream_), where().c_str());
-  e.from = Memory(), e.to = Memory();
+  for (Memory* m : {&e.from, &e.to}) pinned_.push_back(std::move(*m));
 }
 
 }  // namespace uly::engine::cuda

@@ -73,6 +73,8 @@ class CudaEngine final : public Engine {
   // Copies to the device without waiting.
   void send(void* to, const void* from, int64_t bytes);
   AttentionArgs attention_args(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule);
+  // At least so many bytes of the host, of few different sizes, so that they serve again.
+  Memory pinned(int64_t bytes);
   // An exchange through host memory: waits for what `from` is computed by, starts; wait() brings the result to `to`.
   ops::Event exchange(const ops::Buffer& to, const ops::Buffer& from, const std::function<comm::Work(void* to, void* from)>& start);
   Range range(Work work, const char* name) { return Range(timers_, work, name, stream_); }
@@ -94,6 +96,7 @@ class CudaEngine final : public Engine {
     comm::Work work;
   };
   std::vector<Exchange> exchanges_;
+  std::vector<Memory> pinned_;  // of exchanges that are done: pinning takes longer than many an exchange
   Timers timers_;
   std::optional<Named> where_;
 };

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/check.h"
+
 namespace uly::engine::cuda {
 namespace {
 
@@ -43,7 +45,13 @@ void for_spans(const AttentionArgs& a, const std::vector<int64_t>& starts, void*
   const at::Tensor cumulative = at::from_blob(starts_on_device, {static_cast<int64_t>(starts.size())}, at::TensorOptions(at::kInt).device(gpu));
   int64_t longest = 0;
   for (size_t d = 0; d + 1 < starts.size(); ++d) longest = std::max(longest, starts[d + 1] - starts[d]);
-  for (const ops::HeadSpan& span : ops::head_spans(a.heads, a.schedule.kv_heads_at_once)) f(Tensors{a, span, gpu}, cumulative, longest);
+  try {
+    for (const ops::HeadSpan& span : ops::head_spans(a.heads, a.schedule.kv_heads_at_once)) f(Tensors{a, span, gpu}, cumulative, longest);
+  } catch (const c10::OutOfMemoryError& e) {
+    throw DeviceError(fmt::format("flash attention of {} tokens: {}", a.qkv.rows, e.what_without_backtrace()));
+  } catch (const c10::AcceleratorError& e) {
+    throw DeviceError(fmt::format("flash attention: {}", e.what_without_backtrace()));
+  }
 }
 
 }  // namespace

@@ -143,6 +143,7 @@ bool SdpaShape::operator<(const SdpaShape& o) const { return tied(*this) < tied(
 
 struct Sdpa::Inside {
   cudnnHandle_t handle = nullptr;
+  cudaStream_t stream = nullptr;
   std::map<SdpaShape, Built> forwards, backwards;
 
   const Built& forward(const SdpaShape& s) {
@@ -153,9 +154,14 @@ struct Sdpa::Inside {
     const auto found = backwards.find(s);
     return found != backwards.end() ? found->second : backwards.emplace(s, build_backward(handle, s)).first->second;
   }
+  // A GPU that has failed earlier fails here: that is said, not what cuDNN makes of it.
   void run(const Built& b, Pack pack, void* workspace, int64_t bytes, const SdpaShape& s, const char* which) {
     if (b.workspace > bytes) throw InternalError(fmt::format("{}: cuDNN needs {} bytes of workspace, the plan gave {}", words(s, which), b.workspace, bytes));
-    good(b.graph->execute(handle, pack, workspace), s, which);
+    const fe::error_t e = b.graph->execute(handle, pack, workspace);
+    if (!e.is_bad()) return;
+    const cudaError_t status = cudaStreamQuery(stream);
+    if (status != cudaSuccess && status != cudaErrorNotReady) throw DeviceError(fmt::format("CUDA: {}: {}", words(s, which), cudaGetErrorString(status)));
+    good(e, s, which);
   }
 };
 
@@ -164,7 +170,8 @@ Sdpa::Sdpa(void* stream) : inside_(std::make_unique<Inside>()) {
   if (cudnn_frontend::cudnn_dlhandle == nullptr) throw DeviceError(fmt::format("cuDNN (libcudnn.so.9) cannot be loaded: {}", dlerror()));
   const auto status = fe::detail::create_handle(&inside_->handle);
   if (status != CUDNN_STATUS_SUCCESS) throw DeviceError(fmt::format("cuDNN cannot be used: {}", fe::detail::get_error_string(status)));
-  fe::detail::set_stream(inside_->handle, static_cast<cudaStream_t>(stream));
+  inside_->stream = static_cast<cudaStream_t>(stream);
+  fe::detail::set_stream(inside_->handle, inside_->stream);
 }
 
 Sdpa::~Sdpa() {
