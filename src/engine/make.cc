@@ -14,7 +14,8 @@ std::unique_ptr<Engine> make_cuda_engine(const std::string& folder, comm::Group&
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   ULY_USER_CHECK(library != nullptr, "the GPU part of this program cannot be loaded: {}", dlerror());
   const auto make = reinterpret_cast<MakeCudaEngine>(dlsym(library, "ulysses_make_cuda_engine"));
-  ULY_USER_CHECK(make != nullptr, "{}: not this program's GPU part: run `make build`", path);
+  const auto layouts = reinterpret_cast<CudaLayouts>(dlsym(library, "ulysses_cuda_layouts"));
+  ULY_USER_CHECK(make != nullptr && layouts != nullptr && layouts() == kLayouts, "{}: not this program's GPU part: run `make build`", path);
   return std::unique_ptr<Engine>(make(&world, &sequence, &options));
 }
 

@@ -23,7 +23,9 @@ std::unique_ptr<Engine> make_cpu_engine(comm::Group& world, comm::Group& sequenc
 // Loads libulysses_cuda.so from `folder`. Throws UserError where it is missing, DeviceError where the GPU cannot be used.
 std::unique_ptr<Engine> make_cuda_engine(const std::string& folder, comm::Group& world, comm::Group& sequence, const CudaOptions& options);
 
-// What the library offers.
+// What the library offers: the layouts that it was built with, and the engine.
+using CudaLayouts = int64_t (*)();
+constexpr int64_t kLayouts = static_cast<int64_t>(sizeof(Engine) * 4096 + sizeof(CudaOptions));
 using MakeCudaEngine = Engine* (*)(comm::Group*, comm::Group*, const CudaOptions*);
 
 }  // namespace uly::engine

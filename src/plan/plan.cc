@@ -57,14 +57,20 @@ ops::AttentionSchedule attention_schedule(const recipe::Recipe& r, const Machine
   if (s.backend == ops::AttentionBackend::kFlash) return s;
   constexpr int64_t kOften = int64_t{1} << 30, kMost = int64_t{6} << 30;  // of workspace
   constexpr int64_t kOrderedBlock = 8192, kOrderedHeads = 8, kBlock = 131072;
+  const auto workspace = [&] { return ops::attention_grad_workspace_bytes(s, heads, S); };
+  // Blocks, halved where many query heads share a key-value head.
+  const auto in_blocks = [&](int64_t block) {
+    do s.backward_queries = s.backward_keys = block, block /= 2;
+    while (workspace() > kMost && block >= 2048);
+  };
   if (s.deterministic) {
-    s.backward_queries = s.backward_keys = kOrderedBlock;
     s.kv_heads_at_once = std::max<int64_t>(1, kOrderedHeads / heads.G);
+    in_blocks(kOrderedBlock);
     return s;
   }
   for (s.kv_heads_at_once = std::max<int64_t>(1, heads.k); s.kv_heads_at_once > 1; s.kv_heads_at_once = (s.kv_heads_at_once + 1) / 2)
-    if (ops::attention_grad_workspace_bytes(s, heads, S) <= kOften + kOften / 16) break;
-  if (ops::attention_grad_workspace_bytes(s, heads, S) > kMost) s.backward_queries = s.backward_keys = kBlock;
+    if (workspace() <= kOften + kOften / 16) break;
+  if (workspace() > kMost) in_blocks(kBlock);
   return s;
 }
 

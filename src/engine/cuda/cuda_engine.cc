@@ -225,3 +225,5 @@ void CudaEngine::wait(ops::Event event) {
 extern "C" __attribute__((visibility("default"))) uly::engine::Engine* ulysses_make_cuda_engine(uly::comm::Group* world, uly::comm::Group* sequence, const uly::engine::CudaOptions* options) {
   return new uly::engine::cuda::CudaEngine(*world, *sequence, *options);
 }
+
+extern "C" __attribute__((visibility("default"))) int64_t ulysses_cuda_layouts() { return uly::engine::kLayouts; }

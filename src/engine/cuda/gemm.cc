@@ -74,7 +74,21 @@ struct Gemm::Inside {
   void* workspace;
   bool fixed_choice = false;
   cublasLtHandle_t handle = nullptr;
-  std::map<std::array<int64_t, 12>, Plan> plans;
+  using Key = std::array<int64_t, 12>;
+  std::map<Key, Plan> plans;
+  std::map<Key, cublasLtMatmulAlgo_t> fastest_of;  // by shapes of about as many tokens
+
+  static Key key(const Product& p) {
+    return {p.op_a,  p.op_b, p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.ldd, p.out * 2 + (p.beta != 0), alignment(p.a) * 512 + alignment(p.b), alignment(p.c) * 512 + alignment(p.d)};
+  }
+  // Tokens are the columns of all results but the weights' gradients, which sum over them.
+  static Key key_of_about(Product p) {
+    int64_t& tokens = p.out == CUDA_R_32F ? p.k : p.n;
+    int64_t power = 1;
+    while (power * 2 <= tokens) power *= 2;
+    tokens = power;
+    return key(p);
+  }
 
   // How far an address is aligned, as far as algorithms care.
   static int64_t alignment(const void* p) {
@@ -86,7 +100,7 @@ struct Gemm::Inside {
     good(cublasLtMatmul(handle, plan.operation, &alpha, p.a, plan.a, p.b, plan.b, &p.beta, p.c, plan.c, p.d, plan.d, &algorithm, workspace, static_cast<size_t>(ops::kGemmWorkspaceBytes), stream), "matrix product");
   }
 
-  Plan make(const Product& p) const {
+  Plan make(const Product& p) {
     Plan plan;
     const auto set = [&](cublasLtMatmulDescAttributes_t name, const auto& value) { good(cublasLtMatmulDescSetAttribute(plan.operation, name, &value, sizeof value), "operation"); };
     good(cublasLtMatmulDescCreate(plan.operation.out(), CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation");
@@ -96,9 +110,21 @@ struct Gemm::Inside {
     plan.b = p.op_b == CUBLAS_OP_N ? layout(CUDA_R_16BF, p.k, p.n, p.ldb) : layout(CUDA_R_16BF, p.n, p.k, p.ldb);
     plan.c = layout(p.out, p.m, p.n, p.ldc);
     plan.d = layout(p.out, p.m, p.n, p.ldd);
-    const std::vector<cublasLtMatmulAlgo_t> candidates = propose(plan, p);
-    plan.algorithm = candidates[fastest(plan, p, candidates)];
+    plan.algorithm = choose(plan, p);
     return plan;
+  }
+
+  cublasLtMatmulAlgo_t choose(const Plan& plan, const Product& p) {
+    const auto known = fastest_of.find(key_of_about(p));
+    cublasLtMatmulHeuristicResult_t checked;
+    if (known != fastest_of.end() && cublasLtMatmulAlgoCheck(handle, plan.operation, plan.a, plan.b, plan.c, plan.d, &known->second, &checked) == CUBLAS_STATUS_SUCCESS &&
+        checked.workspaceSize <= static_cast<size_t>(ops::kGemmWorkspaceBytes))
+      return known->second;
+    const std::vector<cublasLtMatmulAlgo_t> candidates = propose(plan, p);
+    const double flops = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+    // With the same bits in every run, or where time is no matter: the first. A neighbour's that does not fit: the first too.
+    if (fixed_choice || known != fastest_of.end() || candidates.size() == 1 || flops < 1e11) return candidates[0];
+    return fastest_of.emplace(key_of_about(p), candidates[fastest(plan, p, candidates)]).first->second;
   }
 
   std::vector<cublasLtMatmulAlgo_t> propose(const Plan& plan, const Product& p) const {
@@ -121,11 +147,10 @@ struct Gemm::Inside {
     return algorithms;
   }
 
-  // Index of the fastest, by the sum of a few rounds in turn: at the power limit a burst says little. A result that is written is computed again afterwards; one
-  // that is added to gets the product times 1e-38 here, which changes no number that a step could tell apart.
+  // Index of the fastest, by the sum of a few rounds in turn: at the power limit a burst says little. A result that is
+  // written is computed again afterwards; one that is added to gets the product times 1e-38 here, which changes no number
+  // that a step could tell apart.
   size_t fastest(const Plan& plan, const Product& p, const std::vector<cublasLtMatmulAlgo_t>& candidates) const {
-    const double flops = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
-    if (fixed_choice || candidates.size() == 1 || flops < 1e11) return 0;  // small ones are not worth it
     constexpr int kRounds = 4;
     cudaEvent_t begin = nullptr, end = nullptr;
     cudaEventCreate(&begin);
@@ -161,8 +186,7 @@ Gemm::~Gemm() {
 
 void Gemm::run(const Product& p) {
   if (p.m == 0 || p.n == 0 || p.k == 0) return;
-  const std::array<int64_t, 12> key{p.op_a,  p.op_b, p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.ldd, p.out * 2 + (p.beta != 0), Inside::alignment(p.a) * 512 + Inside::alignment(p.b),
-                                    Inside::alignment(p.c) * 512 + Inside::alignment(p.d)};
+  const Inside::Key key = Inside::key(p);
   auto plan = inside_->plans.find(key);
   if (plan == inside_->plans.end()) plan = inside_->plans.emplace(key, inside_->make(p)).first;
   inside_->multiply(plan->second, p, plan->second.algorithm, 1.0f);

@@ -1,8 +1,9 @@
 // Matrix products by cuBLASLt on row-major matrices of bf16: results in bf16, or added to fp32 within the GEMM.
 //
-// Choice      The first time a shape is seen, the algorithms that cuBLASLt proposes are timed on the operands at hand and
-//             the fastest is kept: its own order is often a few percent off. With fixed_choice the first is taken, so that
-//             runs give the same bits. Timing waits for the stream: it happens in the first step only.
+// Choice      The first time that a shape is seen with about so many tokens (to a power of two), the algorithms that
+//             cuBLASLt proposes are timed on the operands at hand and the fastest is kept: its own order is often a few
+//             percent off. With fixed_choice the first is taken, so that runs give the same bits. Timing waits for the
+//             stream: it happens in the first step, and in the first of twice or half its length.
 // Source      cuBLAS 13, cublasLtMatmul
 #pragma once
 

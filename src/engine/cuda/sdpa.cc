@@ -146,14 +146,20 @@ struct Sdpa::Inside {
   cudaStream_t stream = nullptr;
   std::map<SdpaShape, Built> forwards, backwards;
 
-  const Built& forward(const SdpaShape& s) {
-    const auto found = forwards.find(s);
-    return found != forwards.end() ? found->second : forwards.emplace(s, build_forward(handle, s)).first->second;
+  // Plans of a run are few; of one whose lengths never come again all are dropped now and then.
+  static constexpr size_t kMostPlans = 256;
+
+  const Built& built(std::map<SdpaShape, Built>& plans, const SdpaShape& s, Built (*build)(cudnnHandle_t, const SdpaShape&)) {
+    const auto found = plans.find(s);
+    if (found != plans.end()) return found->second;
+    if (plans.size() >= kMostPlans) {
+      cudaStreamSynchronize(stream);  // none of them is running
+      plans.clear();
+    }
+    return plans.emplace(s, build(handle, s)).first->second;
   }
-  const Built& backward(const SdpaShape& s) {
-    const auto found = backwards.find(s);
-    return found != backwards.end() ? found->second : backwards.emplace(s, build_backward(handle, s)).first->second;
-  }
+  const Built& forward(const SdpaShape& s) { return built(forwards, s, &build_forward); }
+  const Built& backward(const SdpaShape& s) { return built(backwards, s, &build_backward); }
   // A GPU that has failed earlier fails here: that is said, not what cuDNN makes of it.
   void run(const Built& b, Pack pack, void* workspace, int64_t bytes, const SdpaShape& s, const char* which) {
     if (b.workspace > bytes) throw InternalError(fmt::format("{}: cuDNN needs {} bytes of workspace, the plan gave {}", words(s, which), b.workspace, bytes));
