@@ -110,7 +110,7 @@ void Writer::attention() {
     if (a.backward_queries > 0 && S > a.backward_queries) text += fmt::format("; backward in blocks of {} x {}", format_count(a.backward_queries), format_count(a.backward_keys));
     if (a.kv_heads_at_once < most_kv) text += fmt::format("; {} key-value head{} at a time", a.kv_heads_at_once, a.kv_heads_at_once == 1 ? "" : "s");
   }
-  if (a.deterministic) text += "; deterministic: sums in a fixed order, the backward about a tenth slower";
+  if (a.deterministic) text += "; deterministic: sums in a fixed order, the backward about a fifth slower";
   line("attention", "{}", text);
   plan_.facts["attention"] = {{"backend", a.backend == ops::AttentionBackend::kCudnn ? "cudnn" : "flash"}, {"kv_heads_at_once", std::min(a.kv_heads_at_once, most_kv)}, {"forward_block", a.forward_block},
                               {"backward_queries", a.backward_queries}, {"backward_keys", a.backward_keys}, {"deterministic", a.deterministic}};

@@ -133,3 +133,11 @@ def test_ranks_started_by_torchrun_give_the_same_losses(trained):
     assert done.stderr.count("Train iter: ") == NUM_STEPS and done.stderr.count("saved torchrun/global_step_4") == 1
     lines = [json.loads(line) for line in (folder / "torchrun.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == [line["loss"] for line in metrics(folder)[:NUM_STEPS]]
+
+
+def test_profile_writes_a_trace_of_the_third_step(trained):
+    folder, _ = trained
+    said = run(folder, ULYSSES, "run.yml", "--device", "cpu", "--profile", "trace.json", "checkpoint=[]", "train_log_metrics_path=other.jsonl").stderr
+    assert "trace of step 3: trace.json" in said
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert any(e.get("name") == "step 3" for e in events)
