@@ -40,7 +40,7 @@ std::vector<HeadSpan> head_spans(const Heads& h, int64_t most) {
 }
 
 int64_t summed_keys(const AttentionSchedule& s, int64_t columns, int64_t S) {
-  const int64_t most = 2048 * kMiB / (2 * columns * kF32) / s.backward_keys * s.backward_keys;
+  const int64_t most = s.summed_bytes / (2 * columns * kF32) / s.backward_keys * s.backward_keys;
   return std::min(S, std::max(most, s.backward_keys));
 }
 

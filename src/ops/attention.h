@@ -34,11 +34,12 @@ struct AttentionSchedule {
   int64_t kv_heads_at_once = INT64_MAX;  // key-value heads a call, with their query heads
   int64_t forward_block = 0;             // longer documents go in causal blocks of so many tokens, merged by log-sum-exp
   int64_t backward_queries = 0, backward_keys = 0;  // longer documents go in blocks of queries x keys; 0: in one call
+  int64_t summed_bytes = int64_t{2} << 30;  // of keys' and values' gradients in fp32, where the backward goes in blocks
   bool deterministic = false;            // fixed order of all sums
 };
 
 // Keys whose gradients are summed in fp32 at a time where the backward goes in blocks, for `columns` columns of keys: a
-// multiple of backward_keys within 2 GiB, or all of S. Beyond, the gradient of the queries is rounded to bf16 once for each
+// multiple of backward_keys within summed_bytes, or all of S. Beyond, the gradient of the queries is rounded to bf16 once for each
 // so many keys.
 int64_t summed_keys(const AttentionSchedule& schedule, int64_t columns, int64_t S);
 

@@ -147,28 +147,43 @@ struct Gemm::Inside {
     return algorithms;
   }
 
-  // Index of the fastest, by the sum of a few rounds in turn: at the power limit a burst says little. A result that is
-  // written is computed again afterwards; one that is added to gets the product times 1e-38 here, which changes no number
-  // that a step could tell apart.
-  size_t fastest(const Plan& plan, const Product& p, const std::vector<cublasLtMatmulAlgo_t>& candidates) const {
-    constexpr int kRounds = 4;
+  // Milliseconds of `repeats` products in a row. A result that is written is computed again afterwards; one that is added to
+  // gets the product times 1e-38 here, which changes no number that a step could tell apart.
+  float time(const Plan& plan, const Product& p, const cublasLtMatmulAlgo_t& algorithm, int repeats) const {
     cudaEvent_t begin = nullptr, end = nullptr;
     cudaEventCreate(&begin);
     cudaEventCreate(&end);
-    std::vector<float> sum(candidates.size(), 0.0f);
-    for (int round = 0; round <= kRounds; ++round)
-      for (size_t i = 0; i < candidates.size(); ++i) {
-        cudaEventRecord(begin, stream);
-        multiply(plan, p, candidates[i], p.beta == 0 ? 1.0f : 1e-38f);
-        cudaEventRecord(end, stream);
-        cudaEventSynchronize(end);
-        float ms = 0;
-        cudaEventElapsedTime(&ms, begin, end);
-        if (round > 0) sum[i] += ms;
-      }
+    cudaEventRecord(begin, stream);
+    for (int i = 0; i < repeats; ++i) multiply(plan, p, algorithm, p.beta == 0 ? 1.0f : 1e-38f);
+    cudaEventRecord(end, stream);
+    cudaEventSynchronize(end);
+    float ms = 0;
+    cudaEventElapsedTime(&ms, begin, end);
     cudaEventDestroy(begin);
     cudaEventDestroy(end);
-    return static_cast<size_t>(std::min_element(sum.begin(), sum.end()) - sum.begin());
+    return ms;
+  }
+
+  // Index of the fastest. Each is run once for its code to be loaded and once for a first order; of large products the first
+  // four are then run for a while each, in turn: what counts is the speed at the power limit, where clocks depend on the
+  // algorithm, and a burst says little of it.
+  size_t fastest(const Plan& plan, const Product& p, const std::vector<cublasLtMatmulAlgo_t>& candidates) const {
+    constexpr double kLarge = 1e12;  // FLOP
+    constexpr float kWhile = 40.0f;  // ms
+    constexpr size_t kFinalists = 4;
+    std::vector<std::pair<float, size_t>> order;
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      time(plan, p, candidates[i], 1);
+      order.emplace_back(time(plan, p, candidates[i], 1), i);
+    }
+    std::sort(order.begin(), order.end());
+    if (2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) < kLarge) return order[0].second;
+    order.resize(std::min(order.size(), kFinalists));
+    const int repeats = std::clamp(static_cast<int>(kWhile / order[0].first), 1, 64);
+    for (auto& [ms, i] : order) ms = 0;
+    for (int round = 0; round < 2; ++round)
+      for (auto& [ms, i] : order) ms += time(plan, p, candidates[i], repeats);
+    return std::min_element(order.begin(), order.end())->second;
   }
 };
 
