@@ -131,7 +131,7 @@ def assert_ends(pids, seconds=5):
 
 def test_needs_no_torch():
     libraries = subprocess.run(["ldd", str(ULYSSES)], capture_output=True, text=True, check=True).stdout
-    assert not [line for line in libraries.splitlines() if any(name in line for name in ("torch", "c10", "cuda"))]
+    assert not [line for line in libraries.splitlines() if any(name in line for name in ("libtorch", "libc10", "libcud"))]  # an address may spell c10
 
 
 def test_a_plan_takes_less_than_a_fifth_of_a_second(job):
