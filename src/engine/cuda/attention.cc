@@ -136,30 +136,28 @@ std::vector<std::byte> Attention::plan(const std::vector<int64_t>& starts, const
   return image;
 }
 
-namespace {
-
-SdpaShape shared_shape(SdpaShape s, int64_t slots, int64_t longest, int64_t n, bool deterministic) {
-  s.slots = slots, s.queries = s.keys = longest, s.lse_stride = n, s.ragged = true, s.deterministic = deterministic;
-  return s;
-}
-
-}  // namespace
-
-void Attention::forward(const AttentionArgs& a) {
+// Calls alone(view, call) for documents that stand alone, shared(shape, pointers) for those that share a call; head span
+// after head span.
+template <typename Alone, typename Shared>
+void Attention::for_calls(const AttentionArgs& a, Alone&& alone, Shared&& shared) {
   for (const ops::HeadSpan& span : ops::head_spans(a.heads, a.schedule.kv_heads_at_once))
     for (const Call& c : calls_) {
       View v(a, span, c.first_row, c.alone ? c.longest : a.qkv.rows);
-      float* lse = static_cast<float*>(a.lse.data) + c.first_row * a.heads.n;
+      v.lse = static_cast<float*>(a.lse.data) + c.first_row * a.heads.n + span.first_query * (c.alone ? c.longest : 1);
       if (c.alone) {
-        v.lse = lse + span.first_query * c.longest;
-        forward_alone(a, v, c);
+        alone(v, c);
         continue;
       }
-      v.lse = lse + span.first_query;
+      SdpaShape shape = v.shape(Mask::kCausal);
+      shape.slots = c.slots, shape.queries = shape.keys = c.longest, shape.lse_stride = a.heads.n, shape.ragged = true;
       SdpaPointers p = v.pointers();
       p.q_offsets = p.kv_offsets = c.qkv_offsets, p.o_offsets = c.o_offsets, p.lse_offsets = c.lse_offsets, p.q_lengths = p.kv_lengths = c.lengths;
-      sdpa_.forward(shared_shape(v.shape(Mask::kCausal), c.slots, c.longest, a.heads.n, false), p, a.workspace.data, a.workspace.columns);
+      shared(shape, p);
     }
+}
+
+void Attention::forward(const AttentionArgs& a) {
+  for_calls(a, [&](const View& v, const Call& c) { forward_alone(a, v, c); }, [&](const SdpaShape& shape, const SdpaPointers& p) { sdpa_.forward(shape, p, a.workspace.data, a.workspace.columns); });
 }
 
 // Block by block of queries: the block itself under the causal mask, then the blocks of keys before it, merged.
@@ -199,20 +197,11 @@ void Attention::forward_alone(const AttentionArgs& a, const View& v, const Call&
 }
 
 void Attention::backward(const AttentionArgs& a) {
-  for (const ops::HeadSpan& span : ops::head_spans(a.heads, a.schedule.kv_heads_at_once))
-    for (const Call& c : calls_) {
-      View v(a, span, c.first_row, c.alone ? c.longest : a.qkv.rows);
-      float* lse = static_cast<float*>(a.lse.data) + c.first_row * a.heads.n;
-      if (c.alone) {
-        v.lse = lse + span.first_query * c.longest;
-        backward_alone(a, v, c);
-        continue;
-      }
-      v.lse = lse + span.first_query;
-      SdpaPointers p = v.pointers();
-      p.q_offsets = p.kv_offsets = c.qkv_offsets, p.o_offsets = c.o_offsets, p.lse_offsets = c.lse_offsets, p.q_lengths = p.kv_lengths = c.lengths;
-      sdpa_.backward(shared_shape(v.shape(Mask::kCausal), c.slots, c.longest, a.heads.n, a.schedule.deterministic), p, a.workspace.data, a.workspace.columns);
-    }
+  for_calls(a, [&](const View& v, const Call& c) { backward_alone(a, v, c); },
+            [&](SdpaShape shape, const SdpaPointers& p) {
+              shape.deterministic = a.schedule.deterministic;
+              sdpa_.backward(shape, p, a.workspace.data, a.workspace.columns);
+            });
 }
 
 void Attention::backward_alone(const AttentionArgs& a, const View& v, const Call& c) {

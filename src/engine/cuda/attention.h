@@ -41,9 +41,6 @@ class Attention {
   void forward(const AttentionArgs& a);
   void backward(const AttentionArgs& a);
 
-  // Calls of the backward for one layer, for tests and benches.
-  size_t num_calls() const { return calls_.size(); }
-
  private:
   // One document that stands alone, or several that share a call.
   struct Call {
@@ -56,6 +53,8 @@ class Attention {
   struct View;  // pointers of one head span
   class Workspace;
 
+  template <typename Alone, typename Shared>
+  void for_calls(const AttentionArgs& a, Alone&& alone, Shared&& shared);
   void forward_alone(const AttentionArgs& a, const View& v, const Call& c);
   void backward_alone(const AttentionArgs& a, const View& v, const Call& c);
   void backward_blocks(const AttentionArgs& a, const View& v, const Call& c);
