@@ -15,6 +15,7 @@
 #include "kernels/exchange.h"
 #include "kernels/loss.h"
 #include "kernels/norm.h"
+#include "kernels/norm_rope.h"
 #include "kernels/optimizer.h"
 #include "kernels/rope.h"
 #include "kernels/swiglu.h"
@@ -72,10 +73,10 @@ void run_rows(Bench& bench, Dtype dtype, const std::string& suffix) {
   const RmsNormGradArgs rms{.dx = z.m, .dw = dw.m, .dy = y.m, .x = x.m, .rstd = row_rstd, .w = w.m};
   bench.run("rms_norm_grad_dx" + suffix, 4 * matrix, [&] { cpu::rms_norm_grad_dx(rms, 0, s); });
   bench.run("rms_norm_grad_dw" + suffix, 2 * matrix, [&] { cpu::rms_norm_grad_dw(rms, 0, D); });
-  bench.run("head_norm" + suffix, 2 * matrix, [&] { cpu::head_norm({.y = y.m, .rstd = rstd.m, .x = x.m, .w = w.m, .head_size = H}, 0, s); });
-  const HeadNormGradArgs head{.dx = y.m, .dw = dw.m, .x = x.m, .rstd = rstd.m, .w = w.m, .head_size = H};
-  bench.run("head_norm_grad_dx" + suffix, 3 * matrix, [&] { cpu::head_norm_grad_dx(head, 0, s); });
-  bench.run("head_norm_grad_dw" + suffix, 2 * matrix, [&] { cpu::head_norm_grad_dw(head, 0, H); });
+  bench.run("norm_rope" + suffix, 2 * matrix, [&] { cpu::norm_rope({.y = y.m, .rstd = rstd.m, .x = x.m, .w = w.m, .table = table.m, .head_size = H}, 0, s); });
+  const NormRopeGradArgs head{.dx = y.m, .dw = dw.m, .x = x.m, .rstd = rstd.m, .w = w.m, .table = table.m, .head_size = H};
+  bench.run("norm_rope_grad_dx" + suffix, 3 * matrix, [&] { cpu::norm_rope_grad_dx(head, 0, s); });
+  bench.run("norm_rope_grad_dw" + suffix, 2 * matrix, [&] { cpu::norm_rope_grad_dw(head, 0, H); });
   bench.run("rope" + suffix, 2 * matrix, [&] { cpu::rope({.x = x.m, .table = table.m}, 0, s); });
   bench.run("swiglu" + suffix, 3 * matrix, [&] { cpu::swiglu({.a = x.m, .gate_up = wide.m}, 0, s); });
   bench.run("swiglu_grad" + suffix, 6 * matrix, [&] { cpu::swiglu_grad({.gate_up = wide.m, .a = x.m, .da = y.m}, 0, s); });

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <iostream>
 #include <random>
+#include <span>
 
 #include "base/check.h"
 #include "base/json.h"
@@ -65,8 +66,7 @@ plan::Machine look() {
   plan::Machine m = plan::this_machine(true, 1);
   const launch::Gpus gpus = launch::ask_gpus();
   ULY_USER_CHECK(!gpus.list.empty(), "no GPU: {}", gpus.why);
-  const launch::Gpu& g = gpus.list[0];
-  m.gpus = 1, m.gpu_name = g.name, m.gpu_total_bytes = g.total_bytes, m.gpu_free_bytes = g.free_bytes, m.gpu_major = g.major, m.gpu_minor = g.minor;
+  plan::use_gpus(m, std::span(gpus.list).first(1));
   return m;
 }
 
@@ -123,7 +123,7 @@ void run(const Flags& f) {
   step::Options nothing_rebuilt = o;
   nothing_rebuilt.keep.assign(static_cast<size_t>(spec.L), step::Keep::kEverything);
   const double least_flops = plan::price_step(model, nothing_rebuilt).gemm_flops;
-  const int64_t priced = price.run_bytes + price.step_places.arena_bytes + plan.besides_bytes;
+  const int64_t priced = price.total_bytes() + plan.besides_bytes;
 
   comm::World world = std::move(comm::World::threads(1)[0]);
   const auto sequence = world.subgroup({0}, "sequence");
@@ -172,7 +172,7 @@ void run(const Flags& f) {
                     {"seconds", total}, {"step_seconds", times}, {"warmup_seconds", warm}, {"launch_seconds", launching / static_cast<double>(times.size())}, {"timed_step_seconds", timed},
                     {"attention_forward_seconds", by_kind["attention_forward"]}, {"attention_backward_seconds", by_kind["attention_backward"]}, {"gemm_seconds", by_kind["gemm"]}, {"elementwise_seconds", by_kind["elementwise"]},
                     {"other_seconds", timed - known}, {"attention_forward_tflops", attention_flops / by_kind["attention_forward"] / 1e12}, {"attention_backward_tflops", 2.5 * attention_flops / by_kind["attention_backward"] / 1e12},
-                    {"gemm_tflops", price.gemm_flops / by_kind["gemm"] / 1e12}, {"peak_gib", gib(used)}, {"driver_peak_gib", gib(used)}, {"priced_gib", gib(priced)}, {"arenas_gib", gib(price.run_bytes + price.step_places.arena_bytes)},
+                    {"gemm_tflops", price.gemm_flops / by_kind["gemm"] / 1e12}, {"peak_gib", gib(used)}, {"driver_peak_gib", gib(used)}, {"priced_gib", gib(priced)}, {"arenas_gib", gib(price.total_bytes())},
                     {"workspace_gib", gib(ops::attention_grad_workspace_bytes(o.attention, {.n = spec.N, .k = spec.K, .H = spec.H, .G = spec.N / spec.K}, f.length))}, {"recomputed_gemm_flops", price.gemm_flops - least_flops},
                     {"recomputed", fmt::format("{} layers keep everything, {} gate and up, {} projections, {} input, output and LSE only", count(step::Keep::kEverything), count(step::Keep::kGateUp), count(step::Keep::kProjections), count(step::Keep::kInput))},
                     {"loss", loss}, {"gpu", machine.gpu_name}, {"attention", {{"kv_heads_at_once", std::min(o.attention.kv_heads_at_once, spec.K)}, {"forward_block", o.attention.forward_block}, {"backward_queries", o.attention.backward_queries}, {"backward_keys", o.attention.backward_keys}, {"deterministic", o.attention.deterministic}}}};

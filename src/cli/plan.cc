@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
+#include <span>
 #include <utility>
 
 #include "base/check.h"
@@ -157,21 +158,12 @@ plan::Machine machine_of(const Ranks& ranks) {
   m.gpu_words = words_of(ranks.gpus.list, used);
   // Of a job that has been started already only this rank's own GPU is idle yet.
   const int64_t first = ranks.place ? ranks.place->local_rank % used : 0, last = ranks.place ? first + 1 : used;
-  for (int64_t i = first; i < last; ++i) {
-    const launch::Gpu& gpu = ranks.gpus.list[static_cast<size_t>(i)];
-    const Foreign foreign = foreign_on(gpu);
-    if (!foreign.words.empty()) m.gpu_foreign_words += (m.gpu_foreign_words.empty() ? "" : "; ") + foreign.words;
-    m.gpu_total_bytes = i == first ? gpu.total_bytes : std::min(m.gpu_total_bytes, gpu.total_bytes);
-    if (i == first || std::pair(gpu.major, gpu.minor) < std::pair(m.gpu_major, m.gpu_minor)) {
-      m.gpu_major = gpu.major;
-      m.gpu_minor = gpu.minor;
-    }
-    if (i > first && gpu.free_bytes >= m.gpu_free_bytes) continue;
-    m.gpu_name = gpu.name;
-    m.gpu_free_bytes = gpu.free_bytes;
-    m.gpu_foreign_bytes = foreign.bytes;
-    m.gpu_foreign_pid = foreign.pid;
-  }
+  const std::span<const launch::Gpu> mine(ranks.gpus.list.begin() + first, ranks.gpus.list.begin() + last);
+  for (const launch::Gpu& gpu : mine)
+    if (const Foreign foreign = foreign_on(gpu); !foreign.words.empty()) m.gpu_foreign_words += (m.gpu_foreign_words.empty() ? "" : "; ") + foreign.words;
+  const Foreign foreign = foreign_on(plan::use_gpus(m, mine));
+  m.gpu_foreign_bytes = foreign.bytes;
+  m.gpu_foreign_pid = foreign.pid;
   return m;
 }
 

@@ -19,13 +19,13 @@ void Engine::reserve_step(int64_t bytes) {
   step_bytes_ = bytes;
 }
 
-void Engine::begin_step(const ops::Places& places, const BatchData& batch, int64_t document_table_bytes) {
+void Engine::begin_step(const ops::Places& places, BatchData batch, int64_t document_table_bytes) {
   reserve_step(places.arena_bytes);
   step_places_ = &places;
   made_step_ = 0;
   alive_ = 0;
   works_.clear();
-  batch_ = batch;
+  batch_ = std::move(batch);
   const auto make_input = [&](int64_t rows, int64_t columns, Dtype dtype, const char* what) { return make(rows, columns, dtype, ops::Kind::kInputs, what, ops::Life::kStep, ops::Tier::kDevice); };
   for (ops::Buffer& b : inputs_) b = make_input(static_cast<int64_t>(batch_.ids.size()), 1, Dtype::kI64, "token ids, labels, positions");
   load_batch(document_table_bytes > 0 ? make_input(1, document_table_bytes, Dtype::kU8, "table of documents") : ops::Buffer{});

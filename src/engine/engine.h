@@ -46,7 +46,7 @@ class Engine : public ops::Ops {
   // Gets the memory that lives as long as the run; then the program that makes it is run once.
   void begin_run(const ops::Places& places);
   // Starts a step program: its buffers are made in the order in which they were priced.
-  void begin_step(const ops::Places& places, const BatchData& batch, int64_t document_table_bytes);
+  void begin_step(const ops::Places& places, BatchData batch, int64_t document_table_bytes);
   // Gets the memory of step programs of up to so many bytes at once.
   void reserve_step(int64_t bytes);
   void set_update(const UpdateData& update) { update_ = update; }

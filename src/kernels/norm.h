@@ -1,4 +1,4 @@
-// Root-mean-square norms: y = w x / sqrt(mean(x^2) + eps), over a row (rms_norm) or over each head in a row (head_norm).
+// Root-mean-square norms: y = w x / sqrt(mean(x^2) + eps), over a row. Those of heads: norm_rope.h.
 //
 // With g = dy w, xhat = x rstd and a mean over the normed columns:
 //   dx = rstd (g - xhat mean(g xhat)),   dw = sum over rows of dy xhat
@@ -19,18 +19,6 @@ struct RmsNormGradArgs {
   void* scratch = nullptr;        // CUDA: column_sum_scratch_bytes(x.rows, x.columns)
 };
 
-// On CPU only; CUDA has norm_rope. x_snH: rows of n heads, n = columns / H. y may be x.
-struct HeadNormArgs {
-  Matrix y, rstd, x, w;  // activation | fp32 sxn | activation | weight H
-  int64_t head_size = 0;
-  double eps = 1e-5;
-};
-
-struct HeadNormGradArgs {
-  Matrix dx, dw, x, rstd, w;  // activation: dy in, dx out | fp32 H, += | activation | fp32 sxn | weight H
-  int64_t head_size = 0;
-};
-
 void rms_norm(const RmsNormArgs& a, Stream stream);
 void rms_norm_grad(const RmsNormGradArgs& a, Stream stream);
 
@@ -39,10 +27,6 @@ namespace cpu {
 void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end);              // rows
 void rms_norm_grad_dx(const RmsNormGradArgs& a, int64_t begin, int64_t end);  // rows
 void rms_norm_grad_dw(const RmsNormGradArgs& a, int64_t begin, int64_t end);  // columns of w
-void head_norm(const HeadNormArgs& a, int64_t begin, int64_t end);            // rows
-// dw first: dx overwrites the dy that dw reads.
-void head_norm_grad_dw(const HeadNormGradArgs& a, int64_t begin, int64_t end);  // columns of w
-void head_norm_grad_dx(const HeadNormGradArgs& a, int64_t begin, int64_t end);  // rows
 
 }  // namespace cpu
 }  // namespace uly::kernels

@@ -53,8 +53,7 @@ int64_t document_bucket(int64_t tokens) {
 
 int64_t shared_tokens(const AttentionSchedule& s, int64_t S) {
   constexpr int64_t kLeast = 32768;  // enough for every multiprocessor
-  const bool blocks = s.backward_queries > 0 && S > std::min(s.backward_queries, s.backward_keys);
-  return document_bucket(blocks ? std::min(S, std::max(s.backward_queries, kLeast)) : S);
+  return document_bucket(s.backward_in_blocks(S) ? std::min(S, std::max(s.backward_queries, kLeast)) : S);
 }
 
 int64_t attention_workspace_bytes(const AttentionSchedule& s, const Heads& heads, int64_t S) {
@@ -70,7 +69,7 @@ int64_t attention_grad_workspace_bytes(const AttentionSchedule& s, const Heads& 
   if (s.backend != AttentionBackend::kCudnn || heads.n == 0) return 0;
   const HeadSpan span = widest(s, heads);
   const int64_t n = span.n(), H = heads.H;
-  if (s.backward_queries == 0 || S <= std::min(s.backward_queries, s.backward_keys)) {
+  if (!s.backward_in_blocks(S)) {
     const int64_t tokens = document_bucket(S), dp = s.deterministic ? 2 * n * tokens * round_up(tokens, 128) : 0;
     return cudnn_grad_bytes(n, H, tokens, tokens) + dp;
   }

@@ -107,7 +107,7 @@ void Writer::attention() {
   std::string text = a.backend == ops::AttentionBackend::kCudnn ? "cuDNN" : "ATen's flash attention (slower than cuDNN on Hopper and newer; allocates its results besides)";
   if (a.backend == ops::AttentionBackend::kCudnn) {
     if (S > a.forward_block) text += fmt::format("; forward in blocks of {} tokens", format_count(a.forward_block));
-    if (a.backward_queries > 0 && S > a.backward_queries) text += fmt::format("; backward in blocks of {} x {}", format_count(a.backward_queries), format_count(a.backward_keys));
+    if (a.backward_in_blocks(S)) text += fmt::format("; backward in blocks of {} x {}", format_count(a.backward_queries), format_count(a.backward_keys));
     if (a.kv_heads_at_once < most_kv) text += fmt::format("; {} key-value head{} at a time", a.kv_heads_at_once, a.kv_heads_at_once == 1 ? "" : "s");
   }
   if (a.deterministic) text += "; deterministic: sums in a fixed order, the backward about a fifth slower";

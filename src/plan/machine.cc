@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <fstream>
 #include <string>
+#include <utility>
 
 #include "base/units.h"
+#include "launch/gpus.h"
 #include "plan/plan.h"
 
 namespace uly::plan {
@@ -39,6 +41,17 @@ Machine this_machine(bool cuda, int64_t gpus) {
   if (limit >= 0) m.memory_bytes = std::min(m.memory_bytes, std::max<int64_t>(0, limit - std::max<int64_t>(0, used)));
   m.words = fmt::format("{} core{}, {} of memory free", m.cores, m.cores == 1 ? "" : "s", format_bytes(m.memory_bytes));
   return m;
+}
+
+const launch::Gpu& use_gpus(Machine& m, std::span<const launch::Gpu> gpus) {
+  const auto capability = [](const launch::Gpu& g) { return std::pair(g.major, g.minor); };
+  const launch::Gpu& oldest = *std::min_element(gpus.begin(), gpus.end(), [&](const launch::Gpu& a, const launch::Gpu& b) { return capability(a) < capability(b); });
+  const launch::Gpu& smallest = *std::min_element(gpus.begin(), gpus.end(), [](const launch::Gpu& a, const launch::Gpu& b) { return a.total_bytes < b.total_bytes; });
+  const launch::Gpu& tightest = *std::min_element(gpus.begin(), gpus.end(), [](const launch::Gpu& a, const launch::Gpu& b) { return a.free_bytes < b.free_bytes; });
+  m.gpu_major = oldest.major, m.gpu_minor = oldest.minor;
+  m.gpu_total_bytes = smallest.total_bytes;
+  m.gpu_name = tightest.name, m.gpu_free_bytes = tightest.free_bytes;
+  return tightest;
 }
 
 }  // namespace uly::plan

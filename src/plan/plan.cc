@@ -45,13 +45,19 @@ int64_t budget(const recipe::Recipe& r, const Machine& machine, int64_t world) {
   return machine.memory_bytes / world;
 }
 
+// cuDNN has fast kernels on sm_90 and newer; a GPU that is not known is taken to be one.
+bool is_fast_with_cudnn(const Machine& machine) { return machine.gpu_major == 0 || machine.gpu_major >= 9; }
+
+// cuDNN takes heads of 8, 16, ... columns; flash attention pads others.
+ops::AttentionBackend gpu_attention(const recipe::Recipe& r, const Machine& machine, int64_t H) {
+  return r.attention == "flash" || (r.attention == "auto" && !is_fast_with_cudnn(machine)) || H % 8 != 0 ? ops::AttentionBackend::kFlash : ops::AttentionBackend::kCudnn;
+}
+
 // How a GPU computes attention over S tokens with the heads of the rank that has most.
 ops::AttentionSchedule attention_schedule(const recipe::Recipe& r, const Machine& machine, const ops::Heads& heads, int64_t S) {
   ops::AttentionSchedule s;
   if (!machine.cuda) return s;
-  const bool fast = machine.gpu_major == 0 || machine.gpu_major >= 9;
-  // cuDNN takes heads of 8, 16, ... columns; flash attention pads others.
-  s.backend = r.attention == "flash" || (r.attention == "auto" && !fast) || heads.H % 8 != 0 ? ops::AttentionBackend::kFlash : ops::AttentionBackend::kCudnn;
+  s.backend = gpu_attention(r, machine, heads.H);
   s.deterministic = r.deterministic;
   s.forward_block = 32768;
   if (s.backend == ops::AttentionBackend::kFlash) return s;
@@ -118,8 +124,20 @@ void price_costliest(const step::Model& model, Plan& plan) {
   plan.price = {};
   for (const step::Options& o : unlike_ranks(model.spec, plan.options)) {
     Price price = price_step(model, o);
-    if (price.run_bytes + price.step_places.arena_bytes > plan.price.run_bytes + plan.price.step_places.arena_bytes) plan.price = std::move(price);
+    if (price.total_bytes() > plan.price.total_bytes()) plan.price = std::move(price);
   }
+}
+
+// The largest n <= most for which fits(n) holds, as it does for all below; 0 if for none.
+template <typename Fits>
+int64_t largest(int64_t most, Fits&& fits) {
+  int64_t low = 0, high = most;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (fits(middle)) low = middle;
+    else high = middle - 1;
+  }
+  return low;
 }
 
 // Keeps as much as fits: everything in as many layers as possible, then projections, then inputs only.
@@ -143,20 +161,10 @@ void choose_kept(const step::Model& model, Plan& plan, bool cuda) {
       const Priced priced = read_step(model, o);
       const double alive = static_cast<double>(priced.peak() + plan.besides_bytes);
       if (alive > limit || !cuda) return alive <= limit;
-      const Price price = priced.price();
-      return static_cast<double>(price.run_bytes + price.step_places.arena_bytes + plan.besides_bytes) <= limit;
+      return static_cast<double>(priced.price().total_bytes() + plan.besides_bytes) <= limit;
     };
     const std::vector<step::Options> unlike = unlike_ranks(model.spec, plan.options);
     return std::all_of(unlike.begin(), unlike.end(), fits_one);
-  };
-  const auto most = [&](auto fits_with) {  // the largest n <= L with fits_with(n), which is monotonic
-    size_t low = 0, high = L;
-    while (low < high) {
-      const size_t middle = (low + high + 1) / 2;
-      if (fits_with(middle)) low = middle;
-      else high = middle - 1;
-    }
-    return low;
   };
   Counts layers{};
   const Counts all{L, L, L};
@@ -164,11 +172,11 @@ void choose_kept(const step::Model& model, Plan& plan, bool cuda) {
     layers = all;
   } else if (plan.budget_bytes > 0 && fits({})) {
     for (size_t level = 0; level < num_levels && (level == 0 || layers[level - 1] == L); ++level)
-      layers[level] = most([&](size_t n) {
+      layers[level] = static_cast<size_t>(largest(static_cast<int64_t>(L), [&](int64_t n) {
         Counts tried = layers;
-        tried[level] = n;
+        tried[level] = static_cast<size_t>(n);
         return fits(tried);
-      });
+      }));
   }
   keep(layers);
   price_costliest(model, plan);
@@ -242,7 +250,6 @@ void choose(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const
 
 int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes) {
   recipe::Recipe shorter = r;
-  shorter.memory_device_bytes = budget_bytes;
   constexpr int64_t kStep = 256;  // tokens
   const step::Model model(spec);
   // With the least kept, by what is alive at once: buffers lie almost without gaps.
@@ -256,13 +263,7 @@ int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, con
     const std::vector<step::Options> unlike = unlike_ranks(spec, plan.options);
     return std::all_of(unlike.begin(), unlike.end(), [&](const step::Options& o) { return read_step(model, o).peak() + plan.besides_bytes <= budget_bytes / 200 * 199; });
   };
-  int64_t low = 0, high = (r.data.max_length > 0 ? r.data.max_length : spec.max_positions) / kStep;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (fits(middle)) low = middle;
-    else high = middle - 1;
-  }
-  return low * kStep;
+  return largest((r.data.max_length > 0 ? r.data.max_length : spec.max_positions) / kStep, fits) * kStep;
 }
 
 Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, const std::optional<DataFacts>& facts) {
@@ -275,7 +276,7 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
                  r.where("data.max_length"), format_count(plan.max_length), format_count(spec.sliding_window));
   ULY_USER_CHECK(!machine.cuda || r.model.dtype == Dtype::kBf16, "model.dtype ({}): attention on a GPU computes in bf16: expected bf16, or --device cpu", r.where("model.dtype"));
   ULY_USER_CHECK(!machine.cuda || spec.H <= 256, "{}: its heads have {} columns: attention on a GPU takes at most 256; use --device cpu", spec.name, spec.H);
-  ULY_USER_CHECK(!machine.cuda || !r.deterministic || (r.attention != "flash" && spec.H % 8 == 0 && (machine.gpu_major == 0 || machine.gpu_major >= 9)),
+  ULY_USER_CHECK(!machine.cuda || !r.deterministic || (gpu_attention(r, machine, spec.H) == ops::AttentionBackend::kCudnn && is_fast_with_cudnn(machine)),
                  "deterministic ({}): only cuDNN's attention on sm_90 and newer, with heads of a multiple of 8 columns, adds in a fixed order; remove the key, or use --device cpu", r.where("deterministic"));
   recipe::learning_rate(r.scheduler, r.optimizer.learning_rate, 0, 1);
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,10 @@
 #include "plan/price.h"
 #include "recipe/recipe.h"
 #include "step/decoder.h"
+
+namespace uly::launch {
+struct Gpu;
+}
 
 namespace uly::plan {
 
@@ -34,6 +39,10 @@ struct Machine {
 
 // Reads /proc and the control group; says nothing of what a GPU has. `gpus` comes from launch.
 Machine this_machine(bool cuda, int64_t gpus);
+
+// Fills in what the plan has to know of the GPUs that ranks will use, at least one: the least that any has. Returns the one
+// that has least free.
+const launch::Gpu& use_gpus(Machine& machine, std::span<const launch::Gpu> gpus);
 
 // What preparing the data has found out; absent before.
 struct DataFacts {
@@ -78,7 +87,7 @@ Price price_step(const step::Model& model, const step::Options& options);
 inline int64_t widest_summed_columns(const models::Spec& spec) { return std::max({spec.D, 2 * spec.F, spec.qkv_columns()}); }
 
 // Bytes of a plan on one device, in all.
-inline int64_t total_bytes(const Plan& p) { return p.price.run_bytes + p.price.step_places.arena_bytes + p.besides_bytes; }
+inline int64_t total_bytes(const Plan& p) { return p.price.total_bytes() + p.besides_bytes; }
 
 // The longest data.max_length, up to what the recipe has, that fits into `budget_bytes` for one rank, all else as the plan has it; 0 if none does.
 int64_t longest_that_fits(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes);

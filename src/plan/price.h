@@ -22,6 +22,7 @@ struct Price {
   std::array<int64_t, ops::kNumKinds> peak_by_kind{};  // at that moment
   std::string peak_where;                            // "attention backward, layer 3"
   Places run_places, step_places;
+  int64_t total_bytes() const { return run_bytes + step_places.arena_bytes; }  // where the buffers lie
   double gemm_flops = 0, attention_flops = 0;        // attention counts the causal half
   double moved_bytes = 0;                            // by element-wise instructions
   double exchanged_bytes = 0, gathered_bytes = 0, scattered_bytes = 0;  // sent by this rank

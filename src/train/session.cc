@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <span>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -25,9 +26,7 @@ void look_at_gpu(plan::Machine& machine, int64_t local_rank, int64_t local_ranks
   if (gpus.list.empty()) return;
   const launch::Gpu& gpu = gpus.list[static_cast<size_t>(local_rank) % gpus.list.size()];
   machine.gpus = static_cast<int64_t>(gpus.list.size());
-  machine.gpu_name = gpu.name;
-  machine.gpu_total_bytes = gpu.total_bytes, machine.gpu_free_bytes = gpu.free_bytes;
-  machine.gpu_major = gpu.major, machine.gpu_minor = gpu.minor;
+  plan::use_gpus(machine, std::span(&gpu, 1));
   machine.gpu_ranks = ceil_div(local_ranks, machine.gpus);
   machine.gpu_words = fmt::format("{}, {}", gpu.name, format_bytes(gpu.total_bytes));
 }
@@ -144,12 +143,12 @@ const Session::Program& Session::program_for(int64_t S) {
   return programs_.emplace(S, std::move(program)).first->second;
 }
 
-void Session::micro_step(const data::Batch& batch, double scale) {
+void Session::micro_step(data::Batch batch, double scale) {
   const Program& program = program_for(batch.S);
   const models::RopeTable rope = models::rope_table(spec(), batch.longest_document);
-  engine::BatchData data{.ids = batch.ids, .labels = batch.labels, .positions = batch.positions, .scale = scale, .inverse_frequencies = rope.inverse_frequencies, .rope_factor = rope.attention_factor, .padding_token = spec().padding_token};
-  data.document_starts = program.options.exchange ? batch.document_starts : data::starts_within_shard(batch.document_starts, batch.S, mesh_.P, mesh_.p());
-  engine_->begin_step(program.places, data, ops::document_table_bytes(program.options.attention, program.options.S()));
+  engine::BatchData data{.ids = std::move(batch.ids), .labels = std::move(batch.labels), .positions = std::move(batch.positions), .scale = scale, .inverse_frequencies = rope.inverse_frequencies, .rope_factor = rope.attention_factor, .padding_token = spec().padding_token};
+  data.document_starts = program.options.exchange ? std::move(batch.document_starts) : data::starts_within_shard(batch.document_starts, batch.S, mesh_.P, mesh_.p());
+  engine_->begin_step(program.places, std::move(data), ops::document_table_bytes(program.options.attention, program.options.S()));
   step::micro_step(*engine_, *model_, program.options, states_);
 }
 

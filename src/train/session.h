@@ -24,7 +24,7 @@ class Session {
   // Before the first micro-batch of a step.
   void begin() { step::begin(*engine_, states_); }
   // Forward and backward of one micro-batch. `scale` of the loss and its gradient.
-  void micro_step(const data::Batch& batch, double scale);
+  void micro_step(data::Batch batch, double scale);
   // Sums over all ranks; afterwards loss() and squared_norm() are those of the step.
   void finish_gradients();
   void update(double learning_rate, int64_t step);

@@ -155,39 +155,6 @@ TEST_P(KernelsTest, RmsNormGradMatchesItsFormula) {
       4e-6, 4);
 }
 
-TEST_P(KernelsTest, HeadNormAndItsGradientAreRmsNormsOfHeads) {
-  const int64_t H = c.columns, n = 3, rows = c.rows;
-  const Values x = random(rows, n * H, 1), w = weight(2), dw0 = Values::random(1, H, Dtype::kF32, 0, 5), dy = random(rows, n * H, 4);
-  Values y = x, rstd(rows, n, Dtype::kF32, 2), dx = dy, dw = dw0;
-  run_in_ranges({&y, &rstd}, rows, [&](int64_t b, int64_t e) { cpu::head_norm({.y = y.m(), .rstd = rstd.m(), .x = y.m(), .w = w.m(), .head_size = H}, b, e); });
-  const HeadNormGradArgs a{.dx = dx.m(), .dw = dw.m(), .x = x.m(), .rstd = rstd.m(), .w = w.m(), .head_size = H};
-  run_in_ranges({&dw}, H, [&](int64_t b, int64_t e) { cpu::head_norm_grad_dw(a, b, e); });
-  run_in_ranges({&dx}, rows, [&](int64_t b, int64_t e) { cpu::head_norm_grad_dx(a, b, e); });
-  Values dw_expected = dw0;
-  std::vector<double> sums(static_cast<size_t>(H));
-  for (int64_t h = 0; h < n; ++h) {
-    const auto head = [&](const Values& v) {
-      Matrix m = v.m();
-      m.data = static_cast<char*>(m.data) + h * H * bytes_of(m.dtype);
-      m.columns = H;
-      return m;
-    };
-    Values r(rows, 1, Dtype::kF32), one(rows, H, c.activation), gradient(rows, H, c.activation);
-    cpu::rms_norm({.y = one.m(), .rstd = r.m(), .x = head(x), .w = w.m(), .eps = 1e-5}, 0, rows);
-    cpu::rms_norm_grad_dx({.dx = gradient.m(), .dw = {}, .dy = head(dy), .x = head(x), .rstd = r.m(), .w = w.m()}, 0, rows);
-    for (int64_t i = 0; i < rows; ++i) {
-      ASSERT_EQ(rstd(i, h), r(i, 0));
-      for (int64_t j = 0; j < H; ++j) {
-        ASSERT_EQ(y(i, h * H + j), one(i, j));
-        ASSERT_NEAR(dx(i, h * H + j), gradient(i, j), 1e-6 * (1 + std::abs(gradient(i, j))));
-        sums[static_cast<size_t>(j)] += dy(i, h * H + j) * x(i, h * H + j) * r(i, 0);
-      }
-    }
-  }
-  expect_close(
-      dw, [&](int64_t, int64_t j) { return dw0(0, j) + sums[static_cast<size_t>(j)]; }, 4e-6, 4);
-}
-
 TEST_P(KernelsTest, RopeRotatesPairsAndBack) {
   const int64_t H = 2 * c.columns, n = 2;
   Values positions(c.rows, 1, Dtype::kI64), table(c.rows, H, Dtype::kF32), x = random(c.rows, n * H, 1);

@@ -35,10 +35,8 @@ Matrix at(const Matrix& m, int64_t row, int64_t column, int64_t rows, int64_t co
   return part;
 }
 
-bool in_blocks(const ops::AttentionSchedule& s, int64_t tokens) { return s.backward_queries > 0 && tokens > std::min(s.backward_queries, s.backward_keys); }
-
 bool stands_alone(const ops::AttentionSchedule& s, int64_t tokens) {
-  return tokens >= kAlone || (tokens >= kAloneMultiple && tokens % kAloneMultiple == 0) || in_blocks(s, tokens);
+  return tokens >= kAlone || (tokens >= kAloneMultiple && tokens % kAloneMultiple == 0) || s.backward_in_blocks(tokens);
 }
 
 }  // namespace
@@ -205,7 +203,7 @@ void Attention::backward(const AttentionArgs& a) {
 }
 
 void Attention::backward_alone(const AttentionArgs& a, const View& v, const Call& c) {
-  if (in_blocks(a.schedule, c.longest)) return backward_blocks(a, v, c);
+  if (a.schedule.backward_in_blocks(c.longest)) return backward_blocks(a, v, c);
   SdpaShape shape = v.shape(Mask::kCausal);
   shape.deterministic = a.schedule.deterministic;
   sdpa_.backward(shape, v.pointers(), a.workspace.data, a.workspace.columns);

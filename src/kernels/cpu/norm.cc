@@ -15,14 +15,14 @@ ULY_INLINE void norm(T* y, float* rstd, const T* x, const W* w, int64_t n, float
   for (int64_t j = 0; j < n; ++j) y[j] = from_float<T>(to_float(x[j]) * r * to_float(w[j]));
 }
 
-// dx = rstd dy w - x c, added to dx where kAdds.
-template <bool kAdds, typename T, typename W>
+// dx += rstd dy w - x c.
+template <typename T, typename W>
 ULY_INLINE void norm_dx(T* dx, const T* dy, const T* x, float rstd, const W* w, int64_t n) {
   const float c = sum_of_triple_products(dy, x, w, n) / static_cast<float>(n) * rstd * rstd * rstd;
   ULY_LANES
   for (int64_t j = 0; j < n; ++j) {
     const float gradient = to_float(dy[j]) * to_float(w[j]) * rstd - to_float(x[j]) * c;
-    dx[j] = from_float<T>(kAdds ? to_float(dx[j]) + gradient : gradient);
+    dx[j] = from_float<T>(to_float(dx[j]) + gradient);
   }
 }
 
@@ -48,7 +48,7 @@ ULY_CLONES void rms_norm_grad_dx(const RmsNormGradArgs& a, int64_t begin, int64_
     using T = decltype(t);
     using W = decltype(u);
     for (int64_t i = begin; i < end; ++i)
-      norm_dx<true>(row_of<T>(a.dx, i), row_of<T>(a.dy, i), row_of<T>(a.x, i), *row_of<float>(a.rstd, i), static_cast<const W*>(a.w.data), a.x.columns);
+      norm_dx(row_of<T>(a.dx, i), row_of<T>(a.dy, i), row_of<T>(a.x, i), *row_of<float>(a.rstd, i), static_cast<const W*>(a.w.data), a.x.columns);
   });
 }
 
@@ -58,41 +58,6 @@ ULY_CLONES void rms_norm_grad_dw(const RmsNormGradArgs& a, int64_t begin, int64_
     add_column_sums(static_cast<float*>(a.dw.data), a.x.rows, begin, end, [&](int64_t row, int64_t first, int64_t count, float* part) ULY_INLINE_LAMBDA {
       add_dw_row(part, row_of<T>(a.dy, row) + first, row_of<T>(a.x, row) + first, *row_of<float>(a.rstd, row), count);
     });
-  });
-}
-
-ULY_CLONES void head_norm(const HeadNormArgs& a, int64_t begin, int64_t end) {
-  const int64_t H = a.head_size, n = a.x.columns / H;
-  for_float_types(a.x.dtype, a.w.dtype, "head_norm", [&](auto t, auto u) ULY_INLINE_LAMBDA {
-    using T = decltype(t);
-    using W = decltype(u);
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t h = 0; h < n; ++h)
-        norm(row_of<T>(a.y, i) + h * H, row_of<float>(a.rstd, i) + h, row_of<T>(a.x, i) + h * H, static_cast<const W*>(a.w.data), H, static_cast<float>(a.eps));
-  });
-}
-
-ULY_CLONES void head_norm_grad_dw(const HeadNormGradArgs& a, int64_t begin, int64_t end) {
-  const int64_t H = a.head_size, n = a.x.columns / H;
-  for_float_type(a.x.dtype, "head_norm_grad", [&](auto t) ULY_INLINE_LAMBDA {
-    using T = decltype(t);
-    add_column_sums(static_cast<float*>(a.dw.data), a.x.rows, begin, end, [&](int64_t row, int64_t first, int64_t count, float* part) ULY_INLINE_LAMBDA {
-      for (int64_t h = 0; h < n; ++h)
-        add_dw_row(part, row_of<T>(a.dx, row) + h * H + first, row_of<T>(a.x, row) + h * H + first, row_of<float>(a.rstd, row)[h], count);
-    });
-  });
-}
-
-ULY_CLONES void head_norm_grad_dx(const HeadNormGradArgs& a, int64_t begin, int64_t end) {
-  const int64_t H = a.head_size, n = a.x.columns / H;
-  for_float_types(a.x.dtype, a.w.dtype, "head_norm_grad", [&](auto t, auto u) ULY_INLINE_LAMBDA {
-    using T = decltype(t);
-    using W = decltype(u);
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t h = 0; h < n; ++h) {
-        T* dx = row_of<T>(a.dx, i) + h * H;
-        norm_dx<false>(dx, dx, row_of<T>(a.x, i) + h * H, row_of<float>(a.rstd, i)[h], static_cast<const W*>(a.w.data), H);
-      }
   });
 }
 
