@@ -223,7 +223,7 @@ void run_gemms(double least) {
       all("forward", [&](Gemm& g) { g.linear(y, x, weight); });
       if (s.O <= 4096) all("forward + residual", [&](Gemm& g) { g.linear_add(y, x, weight, r); });
       all("dx", [&](Gemm& g) { g.linear_dx(x, y, weight); });
-      all("dw", [&](Gemm& g) { g.linear_dw(grad, y, x); });
+      all("dw", [&](Gemm& g) { g.linear_dw(grad, y, x, true); });
     }
   }
 }

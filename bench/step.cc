@@ -138,7 +138,7 @@ void run(const Flags& f) {
     const auto begin = Clock::now();
     step::begin(*engine, states);
     engine->begin_step(price.step_places, batch, ops::document_table_bytes(o.attention, o.S()));
-    step::micro_step(*engine, model, o, states);
+    step::micro_step(*engine, model, o, states, true);
     const double launched = std::chrono::duration<double>(Clock::now() - begin).count();
     loss = engine->scalar(states.loss_total);
     return std::pair(std::chrono::duration<double>(Clock::now() - begin).count(), launched);

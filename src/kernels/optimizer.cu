@@ -98,11 +98,8 @@ __global__ void __launch_bounds__(256) adamw_kernel(const __grid_constant__ Adam
     float g[W], m[W], v[W], p[W];
     load(a.gradient + i, g), load(a.m + i, m), load(a.v + i, v), load_master<kWeight>(a, i, p);
 #pragma unroll
-    for (int e = 0; e < W; ++e) {
-      p[e] = adamw_element(k, coefficient, g[e], m[e], v[e], p[e]);
-      g[e] = 0;
-    }
-    store(a.gradient + i, g), store(a.m + i, m), store(a.v + i, v), store_master<kWeight>(a, i, p);
+    for (int e = 0; e < W; ++e) p[e] = adamw_element(k, coefficient, g[e], m[e], v[e], p[e]);
+    store(a.m + i, m), store(a.v + i, v), store_master<kWeight>(a, i, p);
   }
 }
 
@@ -139,7 +136,7 @@ void adamw(const AdamwArgs& a, Stream stream) {
   const auto flat = [](void* data, Dtype dtype) { return Matrix{.data = data, .dtype = dtype, .rows = 1}; };
   const bool splits = a.low != nullptr;
   const bool vectors = vectors_fit<4>(a.count, {flat(a.weight, a.weight_dtype), splits ? flat(a.low, Dtype::kBf16) : flat(a.master, Dtype::kF32),
-                                                flat(a.m, Dtype::kF32), flat(a.v, Dtype::kF32), flat(a.gradient, Dtype::kF32)});
+                                                flat(a.m, Dtype::kF32), flat(a.v, Dtype::kF32), flat(const_cast<float*>(a.gradient), Dtype::kF32)});
   if (splits) return a.weight_dtype == Dtype::kBf16 ? run_adamw<Weight::kSplit>(a, vectors, stream) : unsupported_dtype("adamw");
   if (a.weight == a.master) return run_adamw<Weight::kNone>(a, vectors, stream);
   if (a.weight_dtype == Dtype::kBf16) return run_adamw<Weight::kBf16>(a, vectors, stream);

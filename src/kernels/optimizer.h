@@ -40,8 +40,8 @@ ULY_HOST_DEVICE float join(uint16_t weight, int16_t low) {
 }
 
 // Clips by min(1, clip / (sqrt(*squared_norm) + 1e-6)), or not at all where squared_norm is null or clip <= 0; updates
-// master and moments, writes the weight (rounded to nearest even; it may be master) and zeroes the gradient. Where
-// *squared_norm or *loss is not finite, nothing changes, the gradient neither. Bits are the same on CPU and GPU.
+// master and moments, and writes the weight (rounded to nearest even; it may be master). Where *squared_norm or *loss is not
+// finite, nothing changes. Bits are the same on CPU and GPU.
 struct AdamwArgs {
   void* weight = nullptr;
   Dtype weight_dtype = Dtype::kF32;  // kF32 or kBf16
@@ -49,7 +49,7 @@ struct AdamwArgs {
   int16_t* low = nullptr;  // instead of master, of a kBf16 weight: the master is join(weight, low)
   float* m = nullptr;
   float* v = nullptr;
-  float* gradient = nullptr;
+  const float* gradient = nullptr;
   int64_t count = 0;
   const double* squared_norm = nullptr;
   const double* loss = nullptr;  // may be null

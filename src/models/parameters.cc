@@ -21,7 +21,7 @@ class Layout {
     Tensor tensor{.name = prefix_ + name, .shape = std::move(shape), .offset = end_};
     tensor.is_norm = role == Role::kNorm;
     tensor.is_bias = role == Role::kBias;
-    tensor.decays = role == Role::kMatrix;
+    tensor.decays = tensor.is_product = role == Role::kMatrix;
     end_ += tensor.elements();
     tensors_.push_back(std::move(tensor));
     return tensors_.back().offset;
@@ -98,6 +98,7 @@ std::vector<Unit> units(const Spec& spec) {
   Layout embedding("model.");
   embedding.add(Role::kMatrix, "embed_tokens.weight", {spec.V, spec.D});
   all.push_back(embedding.unit("embedding"));
+  all[0].tensors[0].is_product = spec.tied_embeddings;
   for (int64_t i = 0; i < spec.L; ++i) all.push_back(layer(spec, i).first);
   Layout head("");
   head.add_aligned(Role::kNorm, "model.norm.weight", {spec.D});

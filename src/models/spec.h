@@ -68,6 +68,7 @@ struct Tensor {
   bool decays = true;            // weight decay: not for biases and norms (spec of the reference, 1.8)
   bool is_norm = false;          // initialised to one; biases to zero; matrices to N(0, initializer_range)
   bool is_bias = false;
+  bool is_product = false;       // a linear map's: its gradient is a matrix product
   int64_t elements() const;
 };
 

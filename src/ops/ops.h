@@ -5,8 +5,8 @@
 // here allocates by itself. What differs from sample to sample (token ids, labels, document starts, scales, learning
 // rate) is data, which the engine holds, and no part of the program.
 //
-// Conventions: weights are out-by-in. A weight gradient is always +=, fp32; an input gradient is written, except where
-// the name says add. Letters: base/shapes.h.
+// Conventions: weights are out-by-in. A weight gradient is fp32 and +=, but for linear_dw, which is told; an input gradient
+// is written, except where the name says add. Letters: base/shapes.h.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,7 @@ class Ops {
   virtual void linear(Buffer y_tO, Buffer x_tI, Buffer w_OI) = 0;               // y  = x w'
   virtual void linear_add(Buffer y_tO, Buffer x_tI, Buffer w_OI, Buffer r_tO) = 0;  // y = r + x w'; r may be y
   virtual void linear_dx(Buffer dx_tI, Buffer dy_tO, Buffer w_OI) = 0;          // dx = dy w
-  virtual void linear_dw(Buffer dw_OI, Buffer dy_tO, Buffer x_tI) = 0;          // dw += dy' x
+  virtual void linear_dw(Buffer dw_OI, Buffer dy_tO, Buffer x_tI, bool add) = 0;  // dw = dy' x, or dw += dy' x
   virtual void add_bias(Buffer y_tO, Buffer b_O) = 0;                           // y += b
   virtual void bias_grad(Buffer db_O, Buffer dy_tO) = 0;                        // db += column sums
 
@@ -99,8 +99,7 @@ class Ops {
 
   // --- optimizer, on shards
   virtual void squared_norm(Buffer total_1, Buffer x) = 0;                      // total (fp64) += sum of squares
-  // Clips by the batch-wide norm (norm_1 holds its square), updates master and moments, writes the weight, and empties
-  // the gradient; does nothing at all where norm or loss is not finite. weight may be master (fp32 training); a master of
+  // Clips by the batch-wide norm (norm_1 holds its square), updates master and moments, writes the weight; does nothing at all where norm or loss is not finite. weight may be master (fp32 training); a master of
   // 16 bits (i16) is what the bf16 weight lacks of it.
   virtual void adamw(Buffer weight, Buffer master, Buffer m, Buffer v, Buffer gradient, Buffer norm_1, Buffer loss_1, const UpdateRange& range) = 0;
 };

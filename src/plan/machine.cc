@@ -3,42 +3,21 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <fstream>
-#include <string>
 #include <utility>
 
+#include "base/host_memory.h"
 #include "base/units.h"
 #include "launch/gpus.h"
 #include "plan/plan.h"
 
 namespace uly::plan {
-namespace {
-
-// A number that stands alone in a file of the control group; -1 for "max" or no file.
-int64_t number_in(const std::string& path) {
-  std::ifstream file(path);
-  int64_t n = -1;
-  return file >> n ? n : -1;
-}
-
-int64_t available_memory_bytes() {
-  std::ifstream file("/proc/meminfo");
-  std::string key, unit;
-  for (int64_t kib = 0; file >> key >> kib; std::getline(file, unit))
-    if (key == "MemAvailable:") return kib * 1024;
-  return 0;
-}
-
-}  // namespace
 
 Machine this_machine(bool cuda, int64_t gpus) {
   Machine m;
   m.cuda = cuda;
   m.gpus = gpus;
   m.cores = std::max<int64_t>(1, sysconf(_SC_NPROCESSORS_ONLN));
-  m.memory_bytes = available_memory_bytes();
-  const int64_t limit = number_in("/sys/fs/cgroup/memory.max"), used = number_in("/sys/fs/cgroup/memory.current");
-  if (limit >= 0) m.memory_bytes = std::min(m.memory_bytes, std::max<int64_t>(0, limit - std::max<int64_t>(0, used)));
+  m.memory_bytes = free_host_bytes();
   m.words = fmt::format("{} core{}, {} of memory free", m.cores, m.cores == 1 ? "" : "s", format_bytes(m.memory_bytes));
   return m;
 }

@@ -99,7 +99,7 @@ Priced read_step(const step::Model& model, const step::Options& options) {
   Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()));
   const step::States states = step::make_states(priced, model.units, options);
   step::begin(priced, states);
-  step::micro_step(priced, model, options, states);
+  step::micro_step(priced, model, options, states, true);
   step::finish_gradients(priced, options, states);
   if (options.optimizer) step::update(priced, model, options, states);
   return priced;

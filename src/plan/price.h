@@ -45,7 +45,7 @@ class Priced final : public ops::Ops {
   void linear(ops::Buffer y, ops::Buffer x, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }
   void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }
   void linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer) override { gemm(dx.rows, dx.columns, dy.columns); }
-  void linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer) override { gemm(dw.rows, dw.columns, dy.rows); }
+  void linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer, bool) override { gemm(dw.rows, dw.columns, dy.rows); }
   void add_bias(ops::Buffer y, ops::Buffer) override { moved({y, y}); }
   void bias_grad(ops::Buffer, ops::Buffer dy) override { moved({dy}); }
   void rms_norm(ops::Buffer y, ops::Buffer, ops::Buffer x, ops::Buffer, double) override { moved({y, x}); }

@@ -119,7 +119,7 @@ void Block::normed_again(Held& h_sD, Held& rstd_s, Buffer x_sD, Buffer w_D, cons
   ops_.rms_norm(h_sD, rstd_s, x_sD, w_D, spec_.norm_eps);
 }
 
-void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, Buffer dy_sD) const {
+void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, Buffer dy_sD) const {
   const int64_t s = options_.s, tile = std::min(options_.mlp_tile, s), D = spec_.D, F = spec_.F;
   if (!saved.x1_sD.exists()) {
     saved.x1_sD = make(s, D, Kind::kActivations, "MLP input, rebuilt");
@@ -143,8 +143,8 @@ void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, Saved& saved
     }
     ops_.linear_dx(da, dy, w.down_DF);
     ops_.swiglu_grad(gate_up, activation ? Buffer{} : a, da);
-    ops_.linear_dw(dw.down_DF, dy, a);
-    ops_.linear_dw(dw.gate_up_2FD, gate_up, h);
+    ops_.linear_dw(dw.down_DF, dy, a, add || first > 0);
+    ops_.linear_dw(dw.gate_up_2FD, gate_up, h, add || first > 0);
     if (dw.gate_up_bias_2F.exists()) ops_.bias_grad(dw.gate_up_bias_2F, gate_up);
     ops_.linear_dx((*dh_sD).row_range(first, t), gate_up, w.gate_up_2FD);
   }
@@ -168,14 +168,14 @@ void Block::rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, co
   ops_.norm_rope_grad(dqk.column_range(NH, KH), dw.k_norm_H, raw.column_range(NH, KH), rstd.column_range(spec_.N, spec_.K), w.k_norm_H, table_sH_);
 }
 
-void Block::attention_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, Buffer dy_sD) const {
+void Block::attention_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, Buffer dy_sD) const {
   const int64_t s = options_.s;
   const ops::Heads& heads = ulysses_.heads();
   normed_again(saved.h1_sD, saved.rstd1_s, saved.x_sD, w.norm1_D, "normed input");
   const Buffer h_sD = saved.h1_sD;
   if (!saved.qkv_S.exists()) saved.qkv_S = ulysses_.qkv_to_heads(project(w, h_sD, &saved));
 
-  ops_.linear_dw(dw.o_DO, dy_sD, saved.o_sNH);
+  ops_.linear_dw(dw.o_DO, dy_sD, saved.o_sNH, add);
   if (dw.o_bias_D.exists()) ops_.bias_grad(dw.o_bias_D, dy_sD);
   Held do_SnH;
   {
@@ -197,17 +197,17 @@ void Block::attention_backward(const LayerViews& w, const LayerViews& dw, Saved&
 
   Held dqkv_s = ulysses_.qkv_grad_to_tokens(std::move(dqkv_S));
   rope_and_norm_backward(w, dw, saved, dqkv_s);
-  ops_.linear_dw(dw.qkv_OD, dqkv_s, h_sD);
+  ops_.linear_dw(dw.qkv_OD, dqkv_s, h_sD, add);
   if (dw.qkv_bias_O.exists()) ops_.bias_grad(dw.qkv_bias_O, dqkv_s);
   ops_.linear_dx(h_sD, dqkv_s, w.qkv_OD);
   ops_.rms_norm_grad(dy_sD, dw.norm1_D, h_sD, saved.x_sD, saved.rstd1_s, w.norm1_D);
 }
 
-void Block::backward(const LayerViews& w, const LayerViews& dw, Saved saved, Buffer dy_sD, int64_t layer) const {
+void Block::backward(const LayerViews& w, const LayerViews& dw, bool add, Saved saved, Buffer dy_sD, int64_t layer) const {
   ops_.mark("MLP backward", layer);
-  mlp_backward(w, dw, saved, dy_sD);
+  mlp_backward(w, dw, add, saved, dy_sD);
   ops_.mark("attention backward", layer);
-  attention_backward(w, dw, saved, dy_sD);
+  attention_backward(w, dw, add, saved, dy_sD);
 }
 
 }  // namespace uly::step

@@ -29,8 +29,8 @@ class Block {
   // Returns y_sD; moves what backward needs into `saved`.
   ops::Held forward(const LayerViews& w, ops::Held x_sD, Keep keep, Saved& saved, int64_t layer) const;
 
-  // dy_sD becomes dx_sD; adds to dw.
-  void backward(const LayerViews& w, const LayerViews& dw, Saved saved, ops::Buffer dy_sD, int64_t layer) const;
+  // dy_sD becomes dx_sD; adds to dw, or without `add` writes its matrices.
+  void backward(const LayerViews& w, const LayerViews& dw, bool add, Saved saved, ops::Buffer dy_sD, int64_t layer) const;
 
  private:
   // q, k, v of my tokens: projection, bias, q/k norm, rope. With `keep`, what the gradient of a q/k norm needs goes there.
@@ -43,8 +43,8 @@ class Block {
   void normed_again(ops::Held& h_sD, ops::Held& rstd_s, ops::Buffer x_sD, ops::Buffer w_D, const char* what) const;
   void output_projection(const LayerViews& w, ops::Buffer y_sD, ops::Buffer o_sNH, ops::Buffer x_sD) const;
   void mlp_forward(const LayerViews& w, ops::Buffer y_sD, ops::Buffer x1_sD, ops::Buffer h_sD, const Saved& saved) const;
-  void mlp_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, ops::Buffer dy_sD) const;
-  void attention_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, ops::Buffer dy_sD) const;
+  void mlp_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Buffer dy_sD) const;
+  void attention_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Buffer dy_sD) const;
   void rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, const Saved& saved, ops::Buffer dqkv_s) const;
 
   ops::Ops& ops_;

@@ -42,7 +42,7 @@ Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, cons
         ops.linear(logits, h, table_VD);
         ops.cross_entropy(logits, (*loss_s).row_range(first, t), labels_s.row_range(first, t));
         ops.linear_dx((*dh_sD).row_range(first, t), logits, table_VD);
-        ops.linear_dw(gradient.view(at, spec.V, D), logits, h);
+        ops.linear_dw(gradient.view(at, spec.V, D), logits, h, zero.products_add() || first > 0);
       }
       ops.sum_loss(states.loss_total, loss_s);
     }
@@ -65,11 +65,11 @@ Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, cons
 
 void begin(ops::Ops& ops, const States& states) { ops.zero(states.loss_total); }
 
-void micro_step(ops::Ops& ops, const Model& m, const Options& o, const States& states) {
+void micro_step(ops::Ops& ops, const Model& m, const Options& o, const States& states, bool first) {
   const models::Spec& spec = m.spec;
   const Schedule units(m);
   const size_t L = static_cast<size_t>(spec.L);
-  Zero zero(ops, m.units, o, states);
+  Zero zero(ops, m.units, o, states, first);
   const Ulysses ulysses(ops, spec, o);
 
   ops.mark("embedding", -1);
@@ -97,7 +97,7 @@ void micro_step(ops::Ops& ops, const Model& m, const Options& o, const States& s
     const LayerViews w = layer_views(spec, zero.weights(l + 1));
     if (l > 0) zero.prefetch(l);
     const LayerViews dw = layer_views(spec, zero.gradient(l + 1));
-    block.backward(w, dw, std::move(saved[l]), dx_sD, static_cast<int64_t>(l));
+    block.backward(w, dw, zero.products_add(), std::move(saved[l]), dx_sD, static_cast<int64_t>(l));
     zero.reduce(l + 1);
     zero.release(l + 1);
   }

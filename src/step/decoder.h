@@ -17,13 +17,14 @@ struct Model {
 // Empties the loss: before the first micro-batch of a step.
 void begin(ops::Ops& ops, const States& states);
 
-// Forward and backward of one micro-batch: adds to every gradient shard and to loss_total.
-void micro_step(ops::Ops& ops, const Model& model, const Options& options, const States& states);
+// Forward and backward of one micro-batch: adds to every gradient shard and to loss_total; the step's `first` writes the
+// gradients, whatever they held.
+void micro_step(ops::Ops& ops, const Model& model, const Options& options, const States& states, bool first);
 
 // Sums loss and squared norm of the gradient over all ranks.
 void finish_gradients(ops::Ops& ops, const Options& options, const States& states);
 
-// Clips, updates weights and moments, empties the gradients.
+// Clips, updates weights and moments.
 void update(ops::Ops& ops, const Model& model, const Options& options, const States& states);
 
 // Pieces of a rank's shard of a unit by their rule for weight decay.

@@ -27,8 +27,8 @@ States make_states(ops::Ops& ops, const std::vector<models::Unit>& units, const 
   return states;
 }
 
-Zero::Zero(ops::Ops& ops, const std::vector<models::Unit>& units, const Options& options, const States& states)
-    : ops_(ops), units_(units), options_(options), states_(states), gathered_(units.size()) {}
+Zero::Zero(ops::Ops& ops, const std::vector<models::Unit>& units, const Options& options, const States& states, bool first)
+    : ops_(ops), units_(units), options_(options), states_(states), first_(first), begun_(units.size()), reduced_(units.size()), gathered_(units.size()) {}
 
 Zero::~Zero() = default;
 
@@ -53,10 +53,32 @@ ops::Buffer Zero::weights(size_t u) {
 void Zero::release(size_t u) { gathered_[u].reset(); }
 
 ops::Buffer Zero::gradient(size_t u) {
-  if (options_.mesh.W == 1) return states_.units[u].gradient;
-  gradient_ = ops::Held(ops_, 1, states_.units[u].weight.columns * options_.mesh.W, Dtype::kF32, ops::Kind::kGradients, "gradient of one unit");
-  ops_.zero(gradient_);
-  return gradient_;
+  ops::Buffer gradient = states_.units[u].gradient;
+  if (options_.mesh.W > 1) {
+    gradient_ = ops::Held(ops_, 1, states_.units[u].weight.columns * options_.mesh.W, Dtype::kF32, ops::Kind::kGradients, "gradient of one unit");
+    gradient = gradient_;
+  }
+  if (begun_[u]) {
+    if (options_.mesh.W > 1) ops_.zero(gradient);
+  } else if (!products_add()) {
+    zero_all_but_products(u, gradient);
+  }
+  begun_[u] = true;
+  return gradient;
+}
+
+// Norms, biases, the gaps between, and an embedding that is no output projection.
+void Zero::zero_all_but_products(size_t u, const ops::Buffer& gradient) {
+  int64_t from = 0;
+  const auto zero_to = [&](int64_t to) {
+    if (to > from) ops_.zero(gradient.column_range(from, to - from));
+  };
+  for (const models::Tensor& tensor : units_[u].tensors) {
+    if (!tensor.is_product) continue;
+    zero_to(tensor.offset);
+    from = tensor.offset + tensor.elements();
+  }
+  zero_to(gradient.columns);
 }
 
 void Zero::reduce(size_t u) {
@@ -80,7 +102,10 @@ void Zero::reduce(size_t u) {
 void Zero::flush() {
   if (!reducing_) return;
   ops_.wait(reducing_->event);
-  ops_.sum_pieces(states_.units[reducing_->unit].gradient, reducing_->received, options_.mesh.W);
+  const ops::Buffer shard = states_.units[reducing_->unit].gradient;
+  if (first_ && !reduced_[reducing_->unit]) ops_.zero(shard);
+  reduced_[reducing_->unit] = true;
+  ops_.sum_pieces(shard, reducing_->received, options_.mesh.W);
   reducing_.reset();
 }
 

@@ -18,7 +18,7 @@ struct UnitState {
   ops::Buffer weight;    // compute dtype; in fp32 training the same buffer as master
   ops::Buffer master;    // fp32, or i16: what a bf16 weight lacks of it
   ops::Buffer m, v;      // fp32
-  ops::Buffer gradient;  // fp32, accumulated over micro-batches
+  ops::Buffer gradient;  // fp32, of the micro-batches of a step so far
 };
 
 struct States {
@@ -34,7 +34,8 @@ States make_states(ops::Ops& ops, const std::vector<models::Unit>& units, const 
 
 class Zero {
  public:
-  Zero(ops::Ops& ops, const std::vector<models::Unit>& units, const Options& options, const States& states);
+  // `first`: this is the step's first micro-batch, whose gradients take the place of the last step's.
+  Zero(ops::Ops& ops, const std::vector<models::Unit>& units, const Options& options, const States& states, bool first);
   ~Zero();
 
   // Starts the gather of unit u; does nothing where it is under way or there.
@@ -43,8 +44,10 @@ class Zero {
   ops::Buffer weights(size_t u);
   void release(size_t u);
 
-  // Returns the unit's whole flat gradient, fp32, to be added to.
+  // Returns the unit's whole flat gradient, fp32, to be added to. Where products_add() is false, the matrices of linear maps
+  // hold nothing yet: their linear_dw has to write, once, the first time that a unit is asked for.
   ops::Buffer gradient(size_t u);
+  bool products_add() const { return options_.mesh.W == 1 && !first_; }
   // Sends the gradient to its owners; the sum is taken while the next unit works.
   void reduce(size_t u);
   // Finishes the reduction under way.
@@ -62,10 +65,14 @@ class Zero {
     ops::Event event;
   };
 
+  void zero_all_but_products(size_t u, const ops::Buffer& gradient);
+
   ops::Ops& ops_;
   const std::vector<models::Unit>& units_;
   const Options& options_;
   const States& states_;
+  bool first_;
+  std::vector<char> begun_, reduced_;  // units whose gradient has been asked for, has reached its owners
   std::vector<std::optional<Gathered>> gathered_;
   ops::Held gradient_;
   std::optional<Reducing> reducing_;

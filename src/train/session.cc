@@ -149,7 +149,8 @@ void Session::micro_step(data::Batch batch, double scale) {
   engine::BatchData data{.ids = std::move(batch.ids), .labels = std::move(batch.labels), .positions = std::move(batch.positions), .scale = scale, .inverse_frequencies = rope.inverse_frequencies, .rope_factor = rope.attention_factor, .padding_token = spec().padding_token};
   data.document_starts = program.options.exchange ? std::move(batch.document_starts) : data::starts_within_shard(batch.document_starts, batch.S, mesh_.P, mesh_.p());
   engine_->begin_step(program.places, std::move(data), ops::document_table_bytes(program.options.attention, program.options.S()));
-  step::micro_step(*engine_, *model_, program.options, states_);
+  step::micro_step(*engine_, *model_, program.options, states_, first_micro_);
+  first_micro_ = false;
 }
 
 void Session::finish_gradients() { step::finish_gradients(*engine_, plan_.options, states_); }

@@ -22,7 +22,10 @@ class Session {
   Session(const Job& job, comm::World& world);
 
   // Before the first micro-batch of a step.
-  void begin() { step::begin(*engine_, states_); }
+  void begin() {
+    step::begin(*engine_, states_);
+    first_micro_ = true;
+  }
   // Forward and backward of one micro-batch. `scale` of the loss and its gradient.
   void micro_step(data::Batch batch, double scale);
   // Sums over all ranks; afterwards loss() and squared_norm() are those of the step.
@@ -72,6 +75,7 @@ class Session {
   std::unique_ptr<engine::Engine> engine_;
   step::States states_;
   plan::Machine machine_;
+  bool first_micro_ = true;  // the next micro-batch is its step's first
   std::map<int64_t, Program> programs_;  // by padded length
 };
 

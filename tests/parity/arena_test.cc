@@ -40,7 +40,7 @@ TEST_P(ArenaTest, MeasuredPeakEqualsThePricedOne) {
   engine::BatchData batch{.ids = std::vector<int64_t>(700, 3), .labels = std::vector<int64_t>(700, 5), .positions = {}, .document_starts = {0, 300, 700}, .scale = 1.0 / 700, .inverse_frequencies = rope.inverse_frequencies};
   for (int64_t i = 0; i < 700; ++i) batch.positions.push_back(i < 300 ? i : i - 300);
   engine.begin_step(price.step_places, batch, 0);
-  step::micro_step(engine, model, o, states);
+  step::micro_step(engine, model, o, states, true);
 
   EXPECT_EQ(engine.peak_alive_bytes(), price.peak_bytes);
   EXPECT_EQ(engine.peak_placed_bytes(), price.step_places.arena_bytes);
@@ -69,12 +69,14 @@ std::vector<std::vector<float>> gradients(step::Keep keep) {
     std::vector<float> weights(static_cast<size_t>(unit.weight.columns));
     for (float& x : weights) x = normal(random);
     engine->write(unit.weight, weights.data());
+    const std::vector<float> stale(static_cast<size_t>(unit.gradient.columns), NAN);  // the first micro-batch writes
+    engine->write(unit.gradient, stale.data());
   }
   engine::BatchData batch{.ids = {}, .labels = {}, .positions = {}, .document_starts = {0, 30, 70}, .scale = 1.0 / 70, .inverse_frequencies = models::rope_table(model.spec, o.s).inverse_frequencies};
   for (int64_t i = 0; i < 70; ++i) batch.ids.push_back(i * 7 % 500), batch.labels.push_back(i * 11 % 500), batch.positions.push_back(i < 30 ? i : i - 30);
   step::begin(*engine, states);
   engine->begin_step(price.step_places, batch, 0);
-  step::micro_step(*engine, model, o, states);
+  step::micro_step(*engine, model, o, states, true);
   std::vector<std::vector<float>> all;
   for (const step::UnitState& unit : states.units) {
     all.emplace_back(static_cast<size_t>(unit.gradient.columns));

@@ -28,7 +28,7 @@ Price price(const models::Spec& spec, const step::Options& o) {
   const step::Model model(spec);
   Priced priced({o.mesh.P, o.mesh.W}, o.s, 0);
   const step::States states = step::make_states(priced, model.units, o);
-  step::micro_step(priced, model, o, states);
+  step::micro_step(priced, model, o, states, true);
   return priced.price();
 }
 

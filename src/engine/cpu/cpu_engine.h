@@ -24,7 +24,7 @@ class CpuEngine final : public Engine {
   void linear(ops::Buffer y, ops::Buffer x, ops::Buffer w) override;
   void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer w, ops::Buffer r) override;
   void linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer w) override;
-  void linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer x) override;
+  void linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer x, bool add) override;
   void add_bias(ops::Buffer y, ops::Buffer b) override;
   void bias_grad(ops::Buffer db, ops::Buffer dy) override;
   void rms_norm(ops::Buffer y, ops::Buffer rstd, ops::Buffer x, ops::Buffer w, double eps) override;

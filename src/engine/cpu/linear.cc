@@ -54,14 +54,19 @@ void CpuEngine::linear_dx(ops::Buffer dx_tI, ops::Buffer dy_tO, ops::Buffer w_OI
   for_row_tiles(dy.size(0), [&](int64_t first, int64_t n) { dx.narrow(0, first, n).copy_(at::mm(fp32(dy.narrow(0, first, n)), w32)); });
 }
 
-void CpuEngine::linear_dw(ops::Buffer dw_OI, ops::Buffer dy_tO, ops::Buffer x_tI) {
+void CpuEngine::linear_dw(ops::Buffer dw_OI, ops::Buffer dy_tO, ops::Buffer x_tI, bool add) {
   at::Tensor dw = tensor(dw_OI);
   const at::Tensor dy = tensor(dy_tO), x = tensor(x_tI);
   if (!bf16(dy)) {
-    at::addmm_out(dw, dw, dy.t(), x);
+    if (add) at::addmm_out(dw, dw, dy.t(), x);
+    else at::mm_out(dw, dy.t(), x);
     return;
   }
-  for_row_tiles(dy.size(0), [&](int64_t first, int64_t n) { at::addmm_out(dw, dw, fp32(dy.narrow(0, first, n)).t(), fp32(x.narrow(0, first, n))); });
+  for_row_tiles(dy.size(0), [&](int64_t first, int64_t n) {
+    const at::Tensor dy32 = fp32(dy.narrow(0, first, n)), x32 = fp32(x.narrow(0, first, n));
+    if (add || first > 0) at::addmm_out(dw, dw, dy32.t(), x32);
+    else at::mm_out(dw, dy32.t(), x32);
+  });
 }
 
 }  // namespace uly::engine

@@ -121,9 +121,9 @@ void CudaEngine::linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer w) {
   const Range r = range(Work::kGemm, "linear_dx");
   gemm_->linear_dx(matrix(dx), matrix(dy), matrix(w));
 }
-void CudaEngine::linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer x) {
+void CudaEngine::linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer x, bool add) {
   const Range r = range(Work::kGemm, "linear_dw");
-  gemm_->linear_dw(matrix(dw), matrix(dy), matrix(x));
+  gemm_->linear_dw(matrix(dw), matrix(dy), matrix(x), add);
 }
 
 // --- attention

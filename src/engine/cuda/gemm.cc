@@ -220,8 +220,8 @@ void Gemm::linear_dx(const Matrix& dx, const Matrix& dy, const Matrix& w) {
   run({.op_a = CUBLAS_OP_N, .op_b = CUBLAS_OP_N, .m = dx.columns, .n = dx.rows, .k = dy.columns, .a = w.data, .b = dy.data, .c = dx.data, .d = dx.data, .lda = w.stride, .ldb = dy.stride, .ldc = dx.stride, .ldd = dx.stride, .out = CUDA_R_16BF, .beta = 0});
 }
 
-void Gemm::linear_dw(const Matrix& dw, const Matrix& dy, const Matrix& x) {
-  run({.op_a = CUBLAS_OP_N, .op_b = CUBLAS_OP_T, .m = dw.columns, .n = dw.rows, .k = x.rows, .a = x.data, .b = dy.data, .c = dw.data, .d = dw.data, .lda = x.stride, .ldb = dy.stride, .ldc = dw.stride, .ldd = dw.stride, .out = CUDA_R_32F, .beta = 1});
+void Gemm::linear_dw(const Matrix& dw, const Matrix& dy, const Matrix& x, bool add) {
+  run({.op_a = CUBLAS_OP_N, .op_b = CUBLAS_OP_T, .m = dw.columns, .n = dw.rows, .k = x.rows, .a = x.data, .b = dy.data, .c = dw.data, .d = dw.data, .lda = x.stride, .ldb = dy.stride, .ldc = dw.stride, .ldd = dw.stride, .out = CUDA_R_32F, .beta = add ? 1.0f : 0.0f});
 }
 
 }  // namespace uly::engine::cuda

@@ -27,7 +27,7 @@ class Gemm {
   void linear(const Matrix& y_tO, const Matrix& x_tI, const Matrix& w_OI);                          // y = x w'
   void linear_add(const Matrix& y_tO, const Matrix& x_tI, const Matrix& w_OI, const Matrix& r_tO);  // y = r + x w'; r may be y
   void linear_dx(const Matrix& dx_tI, const Matrix& dy_tO, const Matrix& w_OI);                     // dx = dy w
-  void linear_dw(const Matrix& dw_OI, const Matrix& dy_tO, const Matrix& x_tI);                     // dw += dy' x, fp32
+  void linear_dw(const Matrix& dw_OI, const Matrix& dy_tO, const Matrix& x_tI, bool add);           // dw = or += dy' x, fp32
 
  private:
   struct Product;

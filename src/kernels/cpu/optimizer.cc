@@ -16,12 +16,11 @@ ULY_INLINE void adamw_range(const AdamwArgs& a, W* weight, int64_t begin, int64_
   float* __restrict master = a.master;
   float* __restrict m = a.m;
   float* __restrict v = a.v;
-  float* __restrict gradient = a.gradient;
+  const float* __restrict gradient = a.gradient;
   ULY_LANES
   for (int64_t i = begin; i < end; ++i) {
     const float updated = adamw_element(k, coefficient, gradient[i], m[i], v[i], master[i]);
     master[i] = updated;
-    gradient[i] = 0.0f;
     if constexpr (!std::is_void_v<W>) weight[i] = from_float<W>(updated);
   }
 }
@@ -33,13 +32,12 @@ ULY_INLINE void adamw_split_range(const AdamwArgs& a, int64_t begin, int64_t end
   int16_t* __restrict low = a.low;
   float* __restrict m = a.m;
   float* __restrict v = a.v;
-  float* __restrict gradient = a.gradient;
+  const float* __restrict gradient = a.gradient;
   ULY_LANES
   for (int64_t i = begin; i < end; ++i) {
     const SplitFloat updated = split(adamw_element(k, coefficient, gradient[i], m[i], v[i], join(weight[i], low[i])));
     weight[i] = updated.weight;
     low[i] = updated.low;
-    gradient[i] = 0.0f;
   }
 }
 
