@@ -4,7 +4,7 @@
 set -euo pipefail
 python=$1
 venv=$2
-packages=(g++ cmake ninja-build ccache git make python3 python3-venv libyaml-dev libfmt-dev nlohmann-json3-dev libcli11-dev libxxhash-dev libgtest-dev libgloo-dev)
+packages=(g++ cmake ninja-build ccache git make python3 python3-venv libyaml-dev libfmt-dev nlohmann-json3-dev libcli11-dev libxxhash-dev libgtest-dev libgloo-dev liburing-dev)
 
 missing=()
 for package in "${packages[@]}"; do

@@ -93,18 +93,17 @@ void* map(int64_t bytes, int more) { return mmap(nullptr, static_cast<size_t>(by
 
 }  // namespace
 
-HostArena::HostArena(int64_t bytes, int threads) {
+// From a made object, so that the destructor gives the pages back where this throws.
+HostArena::HostArena(int64_t bytes, int threads) : HostArena() {
   ULY_CHECK(bytes >= 0 && threads >= 1, "arena of host memory");
   if (bytes == 0) return;
   const int64_t size = round_up(bytes, kHugePage);
 
   if (free_huge_page_bytes() >= size) {  // another process may still be first: then the ordinary way
     if (void* p = map(size, MAP_HUGETLB | (21 << MAP_HUGE_SHIFT)); p != MAP_FAILED) {
-      if (touch(static_cast<std::byte*>(p), size, threads) == 0) {
-        base_ = static_cast<std::byte*>(p), bytes_ = size, words_ = "huge pages";
-        return;
-      }
-      munmap(p, static_cast<size_t>(size));
+      base_ = static_cast<std::byte*>(p), bytes_ = size, words_ = "huge pages";
+      if (touch(base_, size, threads) == 0) return;
+      *this = HostArena();
     }
   }
 
@@ -112,20 +111,16 @@ HostArena::HostArena(int64_t bytes, int threads) {
   ULY_USER_CHECK(size <= host.obtainable_bytes, "host memory: {} wanted, {} free {}: lower memory.host, or give the run more memory", format_bytes(size),
                  format_bytes(host.obtainable_bytes), host.in_group ? "in this control group" : "on this host");
   const auto refused = [&](int error) { user_error("host memory: {} wanted, the system refused: {}: lower memory.host", format_bytes(size), std::strerror(error)); };
-  void* p = map(size + kHugePage, MAP_NORESERVE);  // the check above is ours; more address space, so that it begins on a border
+  void* p = map(size + kHugePage, MAP_NORESERVE);  // more address space than asked for, so that some of it begins on a border
   if (p == MAP_FAILED) refused(errno);
   const int64_t head = round_up(reinterpret_cast<int64_t>(p), kHugePage) - reinterpret_cast<int64_t>(p);
-  std::byte* base = static_cast<std::byte*>(p) + head;
-  if (head) munmap(p, static_cast<size_t>(head));
-  if (head < kHugePage) munmap(base + size, static_cast<size_t>(kHugePage - head));
-  base_ = base, bytes_ = size;  // owned from here on, but no destructor runs where this throws
+  base_ = static_cast<std::byte*>(p) + head, bytes_ = size;
+  if (head > 0) munmap(p, static_cast<size_t>(head));
+  if (head < kHugePage) munmap(base_ + size, static_cast<size_t>(kHugePage - head));
 
-  const bool huge = madvise(base, static_cast<size_t>(size), MADV_HUGEPAGE) == 0 && !transparent_huge_pages_are_off();
-  if (const int error = touch(base, size, threads)) {
-    munmap(base, static_cast<size_t>(size));
-    refused(error);
-  }
-  const int percent = huge ? huge_percent(base) : 0;
+  const bool huge = madvise(base_, static_cast<size_t>(size), MADV_HUGEPAGE) == 0 && !transparent_huge_pages_are_off();
+  if (const int error = touch(base_, size, threads)) refused(error);
+  const int percent = huge ? huge_percent(base_) : 0;
   if (!huge) words_ = "4 KiB pages (transparent huge pages are off: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled)";
   else if (percent >= 0 && percent < 90) words_ = fmt::format("transparent huge pages for {} % of it, 4 KiB pages for the rest (free memory is in small pieces)", percent);
   else words_ = "transparent huge pages";

@@ -163,7 +163,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"deterministic", kGrouped, {700, 3, 128, 391}, schedule(1, 256, 128, 128, true)},
                     Case{"two ranges of keys and more", kGrouped, {1100, 60}, schedule(2, 256, 128, 256, false, 256 * 2 * 64 * 2 * 4)},
                     Case{"uneven heads", kUneven, {300, 41, 2}, schedule(8, 32768, 0, 0)}, Case{"uneven heads in blocks", kUneven, {520, 41}, schedule(8, 128, 128, 128)},
-                    Case{"heads of 128", {.n = 8, .k = 1, .H = 128, .G = 8}, {513, 200}, schedule(1, 256, 256, 256)}, Case{"heads of 96", {.n = 2, .k = 2, .H = 96, .G = 1}, {400, 90}, schedule(2, 256, 128, 128)},
+                    Case{"heads of 128", {.n = 8, .k = 1, .H = 128, .G = 8}, {513, 200, 769}, schedule(1, 256, 256, 256)},
+                    Case{"a last query alone in its block and its range of keys", kGrouped, {513}, schedule(2, 256, 128, 256, false, 256 * 2 * 64 * 2 * 4)}, Case{"heads of 96", {.n = 2, .k = 2, .H = 96, .G = 1}, {400, 90}, schedule(2, 256, 128, 128)},
                     Case{"heads of 256", {.n = 2, .k = 1, .H = 256, .G = 2}, {300, 90}, schedule(1, 256, 0, 0)}),
     [](const auto& info) {
       std::string name = info.param.name;

@@ -211,7 +211,8 @@ void Attention::backward_alone(const AttentionArgs& a, const View& v, const Call
 
 // For each block of queries: the blocks of keys before it, what lies between the last of them and the queries, and the
 // queries' own keys under the causal mask. Each call gives gradients in bf16, which are summed in fp32, in this order. Of
-// very long documents ops::summed_keys at a time.
+// very long documents ops::summed_keys at a time. cuDNN refuses one query with one key: a last query that is alone in its
+// block takes its own key together with those before.
 void Attention::backward_blocks(const AttentionArgs& a, const View& v, const Call& c) {
   const int64_t most_queries = a.schedule.backward_queries, most_keys = a.schedule.backward_keys, tokens = c.longest, NH = v.n * v.H, KH = v.kv * v.H;
   const int64_t summed = ops::summed_keys(a.schedule, KH, tokens);
@@ -222,7 +223,8 @@ void Attention::backward_blocks(const AttentionArgs& a, const View& v, const Cal
   const Matrix dk_sum = workspace.matrix(summed, KH, Dtype::kF32), dv_sum = workspace.matrix(summed, KH, Dtype::kF32);
   const Matrix lse = workspace.matrix(most_queries, v.n, Dtype::kF32);
   for (int64_t begin = 0; begin < tokens; begin += summed) {
-    const int64_t end = std::min(tokens, begin + summed);
+    int64_t end = std::min(tokens, begin + summed);
+    if (tokens - end == 1 && summed > most_queries) end -= most_queries;
     for (int64_t query = begin; query < tokens; query += most_queries) {
       const int64_t queries = std::min(most_queries, tokens - query);
       const Matrix rows_sum = at(dq_sum, 0, 0, queries, NH), rows = v.rows(query, queries, 0, 0).dq;
@@ -236,21 +238,25 @@ void Attention::backward_blocks(const AttentionArgs& a, const View& v, const Cal
         SdpaShape shape = part.shape(mask);
         shape.deterministic = a.schedule.deterministic;
         sdpa_.backward(shape, part.pointers(), workspace.rest(), workspace.left());
-        // The queries' own keys see them first; their own call is the queries' last.
-        const bool own = mask == Mask::kCausal;
-        const auto gather = [&](const Matrix& sum, const Matrix& x, bool write) {
-          if (write) kernels::copy({sum, x}, stream_);
-          else kernels::add({sum, x}, stream_);
+        // Keys before the queries have sums already; the queries' own keys see them first.
+        const int64_t begun = std::clamp<int64_t>(query - key, 0, keys);
+        const auto gather = [&](const Matrix& sum, const Matrix& x) {
+          if (begun > 0) kernels::add({at(sum, key - begin, 0, begun, KH), at(x, 0, 0, begun, KH)}, stream_);
+          if (begun < keys) kernels::copy({at(sum, key - begin + begun, 0, keys - begun, KH), at(x, begun, 0, keys - begun, KH)}, stream_);
         };
-        gather(rows_sum, part.dq, key == 0);
-        gather(at(dk_sum, key - begin, 0, keys, KH), part.dk, own);
-        gather(at(dv_sum, key - begin, 0, keys, KH), part.dv, own);
+        if (key == 0) kernels::copy({rows_sum, part.dq}, stream_);
+        else kernels::add({rows_sum, part.dq}, stream_);
+        gather(dk_sum, part.dk);
+        gather(dv_sum, part.dv);
       };
-      const int64_t before = std::min(query, end);
-      int64_t key = begin;
-      for (; key + most_keys <= before; key += most_keys) block(key, most_keys, Mask::kFull);
-      if (key < before) block(key, before - key, Mask::kFull);
-      if (query < end) block(query, queries, Mask::kCausal);
+      const bool alone = queries == 1 && begin < query && query < end;
+      const int64_t before = alone ? query + 1 : std::min(query, end);
+      for (int64_t key = begin, keys = 0; key < before; key += keys) {
+        keys = std::min(most_keys, before - key);
+        if (alone && before - key - keys == 1) --keys;
+        block(key, keys, Mask::kFull);
+      }
+      if (query < end && !alone) block(query, queries, Mask::kCausal);
       kernels::copy({rows, rows_sum}, stream_);
     }
     const View keys = v.rows(0, 0, begin, end - begin);
