@@ -117,19 +117,19 @@ void run(const Flags& f) {
   if (f.backward_queries >= 0) o.attention.backward_queries = f.backward_queries, o.attention.backward_keys = f.backward_keys;
   if (f.heads_at_once > 0) o.attention.kv_heads_at_once = f.heads_at_once;
   if (f.mlp_tile > 0) o.mlp_tile = f.mlp_tile;
-  if (f.keep_inputs) o.keep.assign(static_cast<size_t>(spec.L), step::Keep::kInput);
+  if (f.keep_inputs) o.keep.assign(static_cast<size_t>(spec.L), {});
   const step::Model model(spec);
   const plan::Price price = plan::price_step(model, o);
   step::Options nothing_rebuilt = o;
-  nothing_rebuilt.keep.assign(static_cast<size_t>(spec.L), step::Keep::kEverything);
+  nothing_rebuilt.keep.assign(static_cast<size_t>(spec.L), {.level = step::Keep::kEverything});
   const double least_flops = plan::price_step(model, nothing_rebuilt).gemm_flops;
   const int64_t priced = price.total_bytes() + plan.besides_bytes;
 
   comm::World world = std::move(comm::World::threads(1)[0]);
   const auto sequence = world.subgroup({0}, "sequence");
-  const auto engine = engine::make_cuda_engine(launch::program_folder(), world.all(), *sequence, {.device = 0, .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec)), .deterministic = f.deterministic, .advice = {}});
+  const auto engine = engine::make_cuda_engine(launch::program_folder(), world.all(), *sequence, {.device = 0, .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec)), .deterministic = f.deterministic, .disk_folders = {}, .advice = {}});
   engine->begin_run(price.run_places);
-  engine->reserve_step(price.step_places.arena_bytes);
+  engine->reserve_step(price.step_places);
   const step::States states = step::make_states(*engine, model.units, o);
   fill(*engine, model, states);
   const engine::BatchData batch = make_batch(f, spec);
@@ -138,7 +138,7 @@ void run(const Flags& f) {
     const auto begin = Clock::now();
     step::begin(*engine, states);
     engine->begin_step(price.step_places, batch, ops::document_table_bytes(o.attention, o.S()));
-    step::micro_step(*engine, model, o, states, true);
+    step::micro_step(*engine, model, o, states, {});
     const double launched = std::chrono::duration<double>(Clock::now() - begin).count();
     loss = engine->scalar(states.loss_total);
     return std::pair(std::chrono::duration<double>(Clock::now() - begin).count(), launched);
@@ -165,7 +165,7 @@ void run(const Flags& f) {
     if (name != "elementwise") known += seconds;
   const launch::Gpus after = launch::ask_gpus();
   const double attention_flops = 2.0 * static_cast<double>(f.length) * static_cast<double>(f.length) / static_cast<double>(f.documents) * static_cast<double>(spec.N * spec.H * spec.L);
-  const auto count = [&](step::Keep k) { return std::count(o.keep.begin(), o.keep.end(), k); };
+  const auto count = [&](step::Keep k) { return std::count_if(o.keep.begin(), o.keep.end(), [&](const step::LayerKeep& l) { return l.level == k; }); };
   const auto gib = [](int64_t bytes) { return static_cast<double>(bytes) / 1073741824.0; };
   const int64_t used = machine.gpu_total_bytes - (after.list.empty() ? 0 : after.list[0].free_bytes) - (machine.gpu_total_bytes - machine.gpu_free_bytes);
   const Json row = {{"system", "ulysses"}, {"length", f.length}, {"layers", spec.L}, {"documents", f.documents}, {"tokens_per_second", static_cast<double>(f.length) * static_cast<double>(times.size()) / total}, {"steps", times.size()},

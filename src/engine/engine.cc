@@ -9,22 +9,24 @@ namespace uly::engine {
 
 void Engine::begin_run(const ops::Places& places) {
   run_places_ = places;
-  run_base_ = reserve(ops::Life::kRun, places.arena_bytes);
+  for (size_t t = 0; t < places.arena_bytes.size(); ++t) run_base_[t] = places.arena_bytes[t] > 0 ? reserve(ops::Life::kRun, static_cast<ops::Tier>(t), places.arena_bytes[t]) : nullptr;
   made_run_ = 0;
 }
 
-void Engine::reserve_step(int64_t bytes) {
-  if (bytes <= step_bytes_) return;
-  step_base_ = reserve(ops::Life::kStep, bytes);
-  step_bytes_ = bytes;
+void Engine::reserve_step(const ops::Places& largest) {
+  for (size_t t = 0; t < largest.arena_bytes.size(); ++t) {
+    if (largest.arena_bytes[t] <= step_bytes_[t]) continue;
+    step_base_[t] = reserve(ops::Life::kStep, static_cast<ops::Tier>(t), largest.arena_bytes[t]);
+    step_bytes_[t] = largest.arena_bytes[t];
+  }
 }
 
 void Engine::begin_step(const ops::Places& places, BatchData batch, int64_t document_table_bytes) {
-  reserve_step(places.arena_bytes);
+  reserve_step(places);
   step_places_ = &places;
   made_step_ = 0;
   alive_ = 0;
-  works_.clear();
+  waits_.clear();
   batch_ = std::move(batch);
   const auto make_input = [&](int64_t rows, int64_t columns, Dtype dtype, const char* what) { return make(rows, columns, dtype, ops::Kind::kInputs, what, ops::Life::kStep, ops::Tier::kDevice); };
   for (ops::Buffer& b : inputs_) b = make_input(static_cast<int64_t>(batch_.ids.size()), 1, Dtype::kI64, "token ids, labels, positions");
@@ -38,19 +40,26 @@ ops::Buffer Engine::make(int64_t rows, int64_t columns, Dtype dtype, ops::Kind, 
   ops::Buffer b{.id = static_cast<int32_t>(n), .life = life, .tier = tier, .dtype = dtype, .offset = 0, .rows = rows, .columns = columns, .stride = columns};
   if (n >= places.bytes.size() || places.bytes[n] != b.bytes())
     throw InternalError(fmt::format("{}: buffer {} ({}) has {} bytes, priced were {}", where(), n, what, b.bytes(), n < places.bytes.size() ? places.bytes[n] : -1));
-  if (run) return b;
-  alive_ += round_up(b.bytes(), ops::kPlaceAlignment);
+  if (run || tier != ops::Tier::kDevice) return b;
+  const int64_t bytes = round_up(b.bytes(), ops::place_alignment(tier));
+  alive_ += bytes;
   peak_alive_ = std::max(peak_alive_, alive_);
-  peak_placed_ = std::max(peak_placed_, places.offset_bytes[n] + round_up(b.bytes(), ops::kPlaceAlignment));
+  peak_placed_ = std::max(peak_placed_, places.offset_bytes[n] + bytes);
   return b;
 }
 
-void Engine::release(const ops::Buffer& b) { alive_ -= round_up(step_places_->bytes[static_cast<size_t>(b.id)], ops::kPlaceAlignment); }
+void Engine::release(const ops::Buffer& b) {
+  if (b.tier == ops::Tier::kDevice) alive_ -= round_up(step_places_->bytes[static_cast<size_t>(b.id)], ops::place_alignment(b.tier));
+}
+
+int64_t Engine::place_bytes(const ops::Buffer& b) const {
+  const ops::Places& places = b.life == ops::Life::kRun ? run_places_ : *step_places_;
+  return places.offset_bytes[static_cast<size_t>(b.id)] + b.offset * bytes_of(b.dtype);
+}
 
 void* Engine::address(const ops::Buffer& b) const {
-  const bool run = b.life == ops::Life::kRun;
-  const ops::Places& places = run ? run_places_ : *step_places_;
-  return (run ? run_base_ : step_base_) + places.offset_bytes[static_cast<size_t>(b.id)] + b.offset * bytes_of(b.dtype);
+  ULY_CHECK(b.tier != ops::Tier::kDisk, "what lies on the disk has no address");
+  return (b.life == ops::Life::kRun ? run_base_ : step_base_)[static_cast<size_t>(b.tier)] + place_bytes(b);
 }
 
 kernels::Matrix Engine::matrix(const ops::Buffer& b) const {
@@ -59,7 +68,7 @@ kernels::Matrix Engine::matrix(const ops::Buffer& b) const {
 }
 
 double Engine::scalar(const ops::Buffer& b) {
-  ULY_CHECK(b.dtype == Dtype::kF64 && b.elements() == 1, "a scalar is one fp64");
+  ULY_CHECK(b.dtype == Dtype::kF64 && b.elements() == 1 && b.tier == ops::Tier::kDevice, "a scalar is one fp64");
   double value = 0;
   read(&value, b);
   return value;
@@ -72,13 +81,17 @@ void Engine::mark(std::string_view where, int64_t layer) {
 
 std::string Engine::where() const { return layer_ < 0 ? where_ : fmt::format("{}, layer {}", where_, layer_); }
 
+ops::Event Engine::started(std::function<void()> wait) {
+  waits_.push_back(std::move(wait));
+  return {static_cast<int32_t>(waits_.size()) - 1};
+}
+
 ops::Event Engine::started(comm::Work work) {
-  works_.push_back(std::move(work));
-  return {static_cast<int32_t>(works_.size()) - 1};
+  return started([shared = std::make_shared<comm::Work>(std::move(work))] { shared->wait(); });
 }
 
 void Engine::wait(ops::Event event) {
-  if (event.id >= 0) works_[static_cast<size_t>(event.id)].wait();
+  if (event.id >= 0) waits_[static_cast<size_t>(event.id)]();
 }
 
 kernels::AdamwArgs Engine::adamw_args(const ops::Buffer& weight, const ops::Buffer& master, const ops::Buffer& m, const ops::Buffer& v, const ops::Buffer& gradient, const ops::Buffer& norm, const ops::Buffer& loss,

@@ -2,13 +2,15 @@
 // were priced is an internal error. What every kind of engine shares is here; CpuEngine and CudaEngine carry the
 // instructions out.
 //
-// Memory      two arenas, of what lives as long as the run and of one step; what besides is in docs/design.md
-// Threads     one, the launching thread. On a GPU it never waits between begin_step and finish, except for exchanges
-//             between ranks that go through host memory.
+// Memory      in each tier two arenas, of what lives as long as the run and of one step; what besides is in docs/design.md
+// Threads     the launching thread, which on a GPU never waits between begin_step and finish, except for exchanges between
+//             ranks that go through host memory; one for moves to and from the disk, one for updates on the host
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -48,7 +50,7 @@ class Engine : public ops::Ops {
   // Starts a step program: its buffers are made in the order in which they were priced.
   void begin_step(const ops::Places& places, BatchData batch, int64_t document_table_bytes);
   // Gets the memory of step programs of up to so many bytes at once.
-  void reserve_step(int64_t bytes);
+  void reserve_step(const ops::Places& largest);
   void set_update(const UpdateData& update) { update_ = update; }
 
   // Time by kind of work since the last call, after finish(); nothing unless asked for by time(true) on a GPU.
@@ -75,14 +77,17 @@ class Engine : public ops::Ops {
   void wait(ops::Event event) override;
 
  protected:
-  // Returns an arena of so many bytes in place of the one there was.
-  virtual std::byte* reserve(ops::Life life, int64_t bytes) = 0;
+  // Returns an arena of so many bytes in place of the one there was; of the disk null.
+  virtual std::byte* reserve(ops::Life life, ops::Tier tier, int64_t bytes) = 0;
   // Fills the inputs; `table` has the bytes that begin_step was given.
   virtual void load_batch(const ops::Buffer& table) = 0;
 
-  void* address(const ops::Buffer& b) const;
+  void* address(const ops::Buffer& b) const;  // not of the disk
+  int64_t place_bytes(const ops::Buffer& b) const;  // from the start of its arena
   kernels::Matrix matrix(const ops::Buffer& b) const;
   comm::Group& group(ops::Group which) { return which == ops::Group::kWorld ? world_ : sequence_; }
+  // An event that has happened when `wait` returns.
+  ops::Event started(std::function<void()> wait);
   ops::Event started(comm::Work work);
   const BatchData& batch() const { return batch_; }
   kernels::AdamwArgs adamw_args(const ops::Buffer& weight, const ops::Buffer& master, const ops::Buffer& m, const ops::Buffer& v, const ops::Buffer& gradient, const ops::Buffer& norm, const ops::Buffer& loss,
@@ -91,16 +96,15 @@ class Engine : public ops::Ops {
  private:
   comm::Group& world_;
   comm::Group& sequence_;
-  std::byte* run_base_ = nullptr;
-  std::byte* step_base_ = nullptr;
-  int64_t step_bytes_ = 0;
+  std::array<std::byte*, ops::kNumTiers> run_base_{}, step_base_{};
+  std::array<int64_t, ops::kNumTiers> step_bytes_{};
   ops::Places run_places_;
   const ops::Places* step_places_ = nullptr;  // the caller's, for the length of a step
   size_t made_run_ = 0, made_step_ = 0;
   ops::Buffer inputs_[ops::kNumInputs];
   BatchData batch_;
   UpdateData update_;
-  std::vector<comm::Work> works_;
+  std::vector<std::function<void()>> waits_;
   int64_t alive_ = 0, peak_alive_ = 0, peak_placed_ = 0;
   std::string where_;
   int64_t layer_ = -1;

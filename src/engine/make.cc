@@ -7,7 +7,7 @@
 
 namespace uly::engine {
 
-std::unique_ptr<Engine> make_cpu_engine(comm::Group& world, comm::Group& sequence) { return std::make_unique<CpuEngine>(world, sequence); }
+std::unique_ptr<Engine> make_cpu_engine(comm::Group& world, comm::Group& sequence, const CpuOptions& options) { return std::make_unique<CpuEngine>(world, sequence, options); }
 
 std::unique_ptr<Engine> make_cuda_engine(const std::string& folder, comm::Group& world, comm::Group& sequence, const CudaOptions& options) {
   const std::string path = folder + "/libulysses_cuda.so";

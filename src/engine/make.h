@@ -10,15 +10,21 @@
 
 namespace uly::engine {
 
+struct CpuOptions {
+  std::vector<std::string> disk_folders;  // where the tier beyond host memory lies
+  uint64_t delays = 0;                    // for tests: seed of random pauses in all that happens beside the launching thread
+};
+
 struct CudaOptions {
   int device = 0;                // as CUDA counts the visible ones
   int64_t scratch_bytes = 0;     // for kernels that sum over rows
   bool deterministic = false;    // the same bits in every run
+  std::vector<std::string> disk_folders;  // where the tier beyond host memory lies
   // What to tell where so many bytes turn out to be all there are: who has the rest, the longest that fits.
   std::function<std::string(int64_t bytes)> advice;
 };
 
-std::unique_ptr<Engine> make_cpu_engine(comm::Group& world, comm::Group& sequence);
+std::unique_ptr<Engine> make_cpu_engine(comm::Group& world, comm::Group& sequence, const CpuOptions& options);
 
 // Loads libulysses_cuda.so from `folder`. Throws UserError where it is missing, DeviceError where the GPU cannot be used.
 std::unique_ptr<Engine> make_cuda_engine(const std::string& folder, comm::Group& world, comm::Group& sequence, const CudaOptions& options);

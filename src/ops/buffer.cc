@@ -7,4 +7,9 @@ const char* name_of(Kind kind) {
   return kNames[static_cast<int>(kind)];
 }
 
+const char* name_of(Tier tier) {
+  constexpr const char* kNames[kNumTiers] = {"device", "host", "disk"};
+  return kNames[static_cast<int>(tier)];
+}
+
 }  // namespace uly::ops

@@ -7,7 +7,10 @@
 
 namespace uly::ops {
 
+// Where bytes lie. On the CPU the device is host memory too, with a budget of its own.
 enum class Tier : uint8_t { kDevice, kHost, kDisk };
+inline constexpr int kNumTiers = 3;
+const char* name_of(Tier tier);
 
 // kRun lives as long as the process (weights, optimizer states); kStep within one program, placed by the pricing run.
 enum class Life : uint8_t { kRun, kStep };

@@ -21,7 +21,9 @@ namespace uly::ops {
 
 enum class Group : uint8_t { kSequence, kWorld };
 
-// Something that a collective will have done; wait(event) before its buffers are read, written or released.
+// Something that an instruction will have done while others run: a collective, a move, an update on the host. It begins when
+// all before it is done; until wait(event) what it reads may be read, and what it writes may not be touched. Waiting orders
+// what follows; the launching thread need not stop for it.
 struct Event {
   int32_t id = -1;
 };
@@ -52,6 +54,7 @@ class Ops {
   virtual Buffer input(Input which) = 0;                                        // s x 1, i64
   virtual void zero(Buffer y) = 0;
   virtual void copy(Buffer y, Buffer x) = 0;                                    // casts where dtypes differ
+  virtual Event move(Buffer y, Buffer x) = 0;                                   // contiguous, between tiers; the same bytes
   // A label for what follows, e.g. "layer 17 mlp backward": error messages and traces show it.
   virtual void mark(std::string_view where, int64_t layer) = 0;
 
@@ -100,15 +103,15 @@ class Ops {
   // --- optimizer, on shards
   virtual void squared_norm(Buffer total_1, Buffer x) = 0;                      // total (fp64) += sum of squares
   // Clips by the batch-wide norm (norm_1 holds its square), updates master and moments, writes the weight; does nothing at all where norm or loss is not finite. weight may be master (fp32 training); a master of
-  // 16 bits (i16) is what the bf16 weight lacks of it.
-  virtual void adamw(Buffer weight, Buffer master, Buffer m, Buffer v, Buffer gradient, Buffer norm_1, Buffer loss_1, const UpdateRange& range) = 0;
+  // 16 bits (i16) is what the bf16 weight lacks of it. All buffers lie in one tier, device or host; norm and loss there too.
+  virtual Event adamw(Buffer weight, Buffer master, Buffer m, Buffer v, Buffer gradient, Buffer norm_1, Buffer loss_1, const UpdateRange& range) = 0;
 };
 
 // A buffer with a life: C++ scope is the buffer's life, so that lifetimes are read off the braces.
 class Held {
  public:
   Held() = default;
-  Held(Ops& ops, int64_t rows, int64_t columns, Dtype dtype, Kind kind, std::string_view what) : ops_(&ops), b_(ops.make(rows, columns, dtype, kind, what)) {}
+  Held(Ops& ops, int64_t rows, int64_t columns, Dtype dtype, Kind kind, std::string_view what, Tier tier = Tier::kDevice) : ops_(&ops), b_(ops.make(rows, columns, dtype, kind, what, Life::kStep, tier)) {}
   Held(Held&& o) noexcept : ops_(o.ops_), b_(o.b_) { o.ops_ = nullptr; o.b_ = Buffer{}; }
   Held& operator=(Held&& o) noexcept {
     if (this != &o) {

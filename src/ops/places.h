@@ -1,12 +1,16 @@
-// Where the n-th buffer that a program makes lies in the arena of its life: found by pricing the program, used to run it.
+// Where the n-th buffer that a program makes lies in the arena of its life and tier: found by pricing the program, used to
+// run it.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
+#include "ops/buffer.h"
+
 namespace uly::ops {
 
-inline constexpr int64_t kPlaceAlignment = 256;
+constexpr int64_t place_alignment(Tier tier) { return tier == Tier::kDevice ? 256 : 4096; }
 
 // What a GPU engine has besides its arenas: GEMMs' workspace, and scratch for kernels that sum over rows of up to so many
 // columns (kernels/matrix.h: column_sum_scratch_bytes).
@@ -15,7 +19,9 @@ constexpr int64_t kernel_scratch_bytes(int64_t columns) { return 4 * (columns <=
 
 struct Places {
   std::vector<int64_t> offset_bytes, bytes;
-  int64_t arena_bytes = 0;
+  std::array<int64_t, kNumTiers> arena_bytes{};
+
+  int64_t of(Tier tier) const { return arena_bytes[static_cast<size_t>(tier)]; }
 };
 
 }  // namespace uly::ops

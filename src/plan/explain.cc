@@ -90,7 +90,7 @@ void Writer::heads() {
 void Writer::tiles() {
   const step::Options& o = plan_.options;
   line("tiles", "MLP {} x {} tokens, logits and loss {} x {}; logits are never whole", ceil_div(o.s, o.mlp_tile), format_count(o.mlp_tile), ceil_div(o.s, o.loss_tile), format_count(o.loss_tile));
-  const auto count = [&](step::Keep k) { return std::count(o.keep.begin(), o.keep.end(), k); };
+  const auto count = [&](step::Keep k) { return std::count_if(o.keep.begin(), o.keep.end(), [&](const step::LayerKeep& l) { return l.level == k; }); };
   const int64_t everything = count(step::Keep::kEverything), all = count(step::Keep::kGateUp) + everything, projections = count(step::Keep::kProjections), input = count(step::Keep::kInput);
   line("kept", "layer input, attention output and log-sum-exp in {} layers; q, k, v too in {}; gate and up too in {}{}; attention is never computed twice", spec_.L, projections + all, all,
        everything > 0 ? fmt::format("; all else too in {}, where nothing is computed twice", everything) : "");
@@ -117,12 +117,13 @@ void Writer::attention() {
 }
 
 void Writer::memory(const Machine& machine) {
-  const Price& p = plan_.price;
+  const Price& price = plan_.price;
+  const TierPrice& p = price.of(ops::Tier::kDevice);
   const int64_t total = total_bytes(plan_);
   Json kinds = Json::object();
   const std::string besides = plan_.besides_bytes > 0 ? fmt::format(" + {} for libraries", format_bytes(plan_.besides_bytes)) : "";
   line("memory", "{} for {}: {} between steps + {} within one, most at {}{}", format_bytes(total), plan_.mesh.W == 1 ? "the one rank" : "each rank", format_bytes(p.run_bytes),
-       format_bytes(p.step_places.arena_bytes), p.peak_where, besides);
+       format_bytes(price.step_places.of(ops::Tier::kDevice)), p.peak_where, besides);
   if (!machine.gpu_words.empty()) line("", "of {}: {} free", machine.gpu_words, format_bytes(machine.gpu_free_bytes));
   if (!machine.gpu_foreign_words.empty()) line("", "{}", machine.gpu_foreign_words);
   for (int k = 0; k < ops::kNumKinds; ++k) {
@@ -132,8 +133,8 @@ void Writer::memory(const Machine& machine) {
     kinds[name] = bytes;
     if (bytes > 0) line("", "  {:<20} {:>12}", name, format_bytes(bytes));
   }
-  facts()["bytes"] = {{"between_steps", p.run_bytes}, {"within_step", p.step_places.arena_bytes}, {"libraries", plan_.besides_bytes}, {"alive_at_peak", p.peak_bytes}, {"peak_where", p.peak_where}, {"by_kind", kinds}, {"total", total}, {"budget", plan_.budget_bytes}};
-  facts()["arithmetic"] = {{"gemm_flops", p.gemm_flops}, {"attention_flops", p.attention_flops}, {"exchanged_bytes", p.exchanged_bytes}, {"gathered_bytes", p.gathered_bytes}, {"scattered_bytes", p.scattered_bytes}};
+  facts()["bytes"] = {{"between_steps", p.run_bytes}, {"within_step", price.step_places.of(ops::Tier::kDevice)}, {"libraries", plan_.besides_bytes}, {"alive_at_peak", p.peak_bytes}, {"peak_where", p.peak_where}, {"by_kind", kinds}, {"total", total}, {"budget", plan_.budget_bytes}};
+  facts()["arithmetic"] = {{"gemm_flops", price.gemm_flops}, {"attention_flops", price.attention_flops}, {"exchanged_bytes", price.exchanged_bytes}, {"gathered_bytes", price.gathered_bytes}, {"scattered_bytes", price.scattered_bytes}};
   facts()["fits"] = plan_.fits;
   if (!plan_.fits) line("", "will not fit: {}", plan_.why_not);
 }

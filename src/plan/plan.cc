@@ -94,16 +94,18 @@ int64_t longest_micro_batch(const recipe::Recipe& r, int64_t R, int64_t max_leng
   return tokens;
 }
 
-// Reads all programs of a step.
-Priced read_step(const step::Model& model, const step::Options& options) {
-  Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()));
+// Reads all programs of a step of one micro-batch.
+Priced read_step(const step::Model& model, const step::Options& options, const step::Phase& phase, const Rates& rates = {}) {
+  Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()), rates);
   const step::States states = step::make_states(priced, model.units, options);
   step::begin(priced, states);
-  step::micro_step(priced, model, options, states, true);
+  step::micro_step(priced, model, options, states, phase);
   step::finish_gradients(priced, options, states);
-  if (options.optimizer) step::update(priced, model, options, states);
+  if (options.optimizer && !options.defers_updates()) step::update(priced, model, options, states);
   return priced;
 }
+
+Priced read_step(const step::Model& model, const step::Options& options) { return read_step(model, options, {.update = options.optimizer && options.defers_updates()}); }
 
 // Options of the ranks of a sequence to which a step may cost different amounts: others have as many heads, in groups that
 // begin alike.
@@ -152,14 +154,15 @@ void choose_kept(const step::Model& model, Plan& plan, bool cuda) {
   const size_t num_levels = cuda ? 3 : 2;  // on the CPU memory is worth more than a norm
   using Counts = std::array<size_t, kLevels.size()>;
   const auto keep = [&](const Counts& layers) {
-    plan.options.keep.assign(L, step::Keep::kInput);
-    for (size_t level = 0; level < num_levels; ++level) std::fill_n(plan.options.keep.begin(), layers[level], kLevels[level]);
+    plan.options.keep.assign(L, {});
+    for (size_t level = 0; level < num_levels; ++level)
+      for (size_t l = 0; l < layers[level]; ++l) plan.options.keep[l].level = kLevels[level];
   };
   const auto fits = [&](const Counts& layers) {
     keep(layers);
     const auto fits_one = [&](const step::Options& o) {
       const Priced priced = read_step(model, o);
-      const double alive = static_cast<double>(priced.peak() + plan.besides_bytes);
+      const double alive = static_cast<double>(priced.so_far().of(ops::Tier::kDevice).alive() + plan.besides_bytes);
       if (alive > limit || !cuda) return alive <= limit;
       return static_cast<double>(priced.price().total_bytes() + plan.besides_bytes) <= limit;
     };
@@ -209,7 +212,7 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
   std::string text = r.normalized.dump() + spec.config.dump() + fmt::format("|{}|{}|{}|{}|{}", plan.mesh.W, plan.planned_length, plan.options.mlp_tile, plan.options.loss_tile, plan.num_samples);
   const ops::AttentionSchedule& a = plan.options.attention;
   text += fmt::format("|{}|{}|{}|{}", static_cast<int>(a.backend), a.kv_heads_at_once, a.backward_queries, a.backward_keys);
-  for (const step::Keep k : plan.options.keep) text += static_cast<char>('0' + static_cast<int>(k));
+  for (const step::LayerKeep& k : plan.options.keep) text += static_cast<char>('0' + static_cast<int>(k.level));
   const XXH128_hash_t h = XXH3_128bits(text.data(), text.size());
   return fmt::format("{:016x}{:016x}", h.high64, h.low64);
 }
@@ -217,6 +220,14 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
 }  // namespace
 
 Price price_step(const step::Model& model, const step::Options& options) { return read_step(model, options).price(); }
+
+Price price_micro_step(const step::Model& model, const step::Options& options, const step::Phase& phase) { return read_step(model, options, phase).price(); }
+
+Price price_update(const step::Model& model, const step::Options& options) {
+  Priced priced({options.mesh.P, options.mesh.W}, 0, 0);
+  step::update(priced, model, options, step::make_states(priced, model.units, options));
+  return priced.price();
+}
 
 int64_t padded_length(const recipe::Recipe& r, int64_t max_length, int64_t P, int64_t tokens) {
   const int64_t target = r.data.pad_to == recipe::PadTo::kMaxLength ? std::max(tokens, r.micro_batch_size * max_length) : round_up(std::max<int64_t>(tokens, 1), r.data.div_length);
@@ -259,9 +270,9 @@ int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, con
     plan.mesh = make_mesh(shorter, spec, world);
     plan.planned_length = padded_length(shorter, shorter.data.max_length, plan.mesh.P, shorter.micro_batch_size * shorter.data.max_length);
     choose_options(plan, shorter, spec, machine, world);
-    plan.options.keep.assign(static_cast<size_t>(spec.L), step::Keep::kInput);
+    plan.options.keep.assign(static_cast<size_t>(spec.L), {});
     const std::vector<step::Options> unlike = unlike_ranks(spec, plan.options);
-    return std::all_of(unlike.begin(), unlike.end(), [&](const step::Options& o) { return read_step(model, o).peak() + plan.besides_bytes <= budget_bytes / 200 * 199; });
+    return std::all_of(unlike.begin(), unlike.end(), [&](const step::Options& o) { return read_step(model, o).so_far().of(ops::Tier::kDevice).alive() + plan.besides_bytes <= budget_bytes / 200 * 199; });
   };
   return largest((r.data.max_length > 0 ? r.data.max_length : spec.max_positions) / kStep, fits) * kStep;
 }
@@ -297,8 +308,8 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
   choose(plan, r, spec, machine, world);
   if (!plan.fits) {
     const int64_t longest = longest_that_fits(r, spec, machine, world, plan.budget_bytes);
-    plan.why_not = fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; {}", format_bytes(total_bytes(plan)), format_bytes(plan.budget_bytes), format_bytes(plan.price.run_bytes),
-                               format_bytes(plan.price.step_places.arena_bytes),
+    plan.why_not = fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; {}", format_bytes(total_bytes(plan)), format_bytes(plan.budget_bytes), format_bytes(plan.price.of(ops::Tier::kDevice).run_bytes),
+                               format_bytes(plan.price.step_places.of(ops::Tier::kDevice)),
                                longest > 0 ? fmt::format("the longest that fits is data.max_length={}; or use more ranks", longest) : "not even 256 tokens fit: use more ranks or a smaller model");
   }
   plan.hash = hash_of(r, spec, plan);

@@ -80,8 +80,10 @@ step::Options options_for(const Plan& plan, int64_t rank, int64_t S);
 // Fills options, price and whether it fits, for plan.mesh and plan.planned_length: what make() does at its heart.
 void choose(Plan& plan, const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world);
 
-// Prices the programs of one rank.
+// Prices a step of one rank, of one micro-batch; the programs that make up one; and an update that nothing follows.
 Price price_step(const step::Model& model, const step::Options& options);
+Price price_micro_step(const step::Model& model, const step::Options& options, const step::Phase& phase);
+Price price_update(const step::Model& model, const step::Options& options);
 
 // Columns of the widest matrix whose rows a kernel of the GPU sums: what its scratch is made for.
 inline int64_t widest_summed_columns(const models::Spec& spec) { return std::max({spec.D, 2 * spec.F, spec.qkv_columns()}); }

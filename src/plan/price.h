@@ -1,5 +1,6 @@
 // The interpreter that prices a program: what every buffer costs over its life, where each lies, how much arithmetic and
-// traffic the program asks for. It computes nothing and needs milliseconds.
+// traffic the program asks for, and when each instruction would run on which stream. It computes nothing and needs
+// milliseconds.
 #pragma once
 
 #include <array>
@@ -10,37 +11,66 @@
 
 #include "ops/ops.h"
 #include "ops/places.h"
+#include "plan/rates.h"
 
 namespace uly::plan {
 
 using ops::Places;
 
-struct Price {
+// Bytes in one tier.
+struct TierPrice {
   int64_t run_bytes = 0;                             // weights and states, alive between steps
   std::array<int64_t, ops::kNumKinds> run_by_kind{};
   int64_t peak_bytes = 0;                            // the most that is alive at once within the program
   std::array<int64_t, ops::kNumKinds> peak_by_kind{};  // at that moment
   std::string peak_where;                            // "attention backward, layer 3"
+
+  int64_t alive() const { return run_bytes + peak_bytes; }
+};
+
+// Seconds of a program by stream; each does one thing after the other, all at the same time.
+enum class Stream : uint8_t { kCompute, kToHost, kToDevice, kDisk, kHost, kNetwork };
+inline constexpr int kNumStreams = 6;
+
+struct Price {
+  std::array<TierPrice, ops::kNumTiers> tiers;
   Places run_places, step_places;
-  int64_t total_bytes() const { return run_bytes + step_places.arena_bytes; }  // where the buffers lie
+  const TierPrice& of(ops::Tier tier) const { return tiers[static_cast<size_t>(tier)]; }
+  // Where the buffers lie, with the gaps between them.
+  int64_t total_bytes(ops::Tier tier = ops::Tier::kDevice) const { return run_places.of(tier) + step_places.of(tier); }
+
+  double seconds = 0;                                // from first to last
+  std::array<double, kNumStreams> busy{};            // of each stream
+  std::array<double, kNumStreams> waited{};          // that compute waited for each
   double gemm_flops = 0, attention_flops = 0;        // attention counts the causal half
   double moved_bytes = 0;                            // by element-wise instructions
   double exchanged_bytes = 0, gathered_bytes = 0, scattered_bytes = 0;  // sent by this rank
 };
 
+// Gives every buffer a place in its tier such that no two that are alive together overlap: largest first, lowest place that
+// is free.
+// `birth` and `death` are times; death < 0 means never.
+struct Lifetime {
+  ops::Tier tier = ops::Tier::kDevice;
+  int64_t bytes = 0, birth = 0, death = -1;
+};
+Places place(const std::vector<Lifetime>& lives);
+
 // Reads programs. price() places the buffers; peak() is the cheaper question.
 class Priced final : public ops::Ops {
  public:
   // `s`: tokens of the rank's shard; `document_table_bytes`: see ops/attention.h.
-  Priced(const std::array<int64_t, 2>& group_sizes, int64_t s, int64_t document_table_bytes);
+  Priced(const std::array<int64_t, 2>& group_sizes, int64_t s, int64_t document_table_bytes, const Rates& rates = {});
   Price price() const;
-  int64_t peak() const { return price_.run_bytes + price_.peak_bytes; }
+  // Without places.
+  const Price& so_far() const { return price_; }
 
   ops::Buffer make(int64_t rows, int64_t columns, Dtype dtype, ops::Kind kind, std::string_view what, ops::Life life, ops::Tier tier) override;
   void release(const ops::Buffer& b) override;
   ops::Buffer input(ops::Input which) override;
   void zero(ops::Buffer y) override { moved({y}); }
   void copy(ops::Buffer y, ops::Buffer x) override { moved({y, x}); }
+  ops::Event move(ops::Buffer y, ops::Buffer x) override;
   void mark(std::string_view where, int64_t layer) override;
   void linear(ops::Buffer y, ops::Buffer x, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }
   void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }
@@ -68,35 +98,34 @@ class Priced final : public ops::Ops {
   ops::Event all_gather(ops::Buffer whole, ops::Buffer shard, ops::Group group) override;
   ops::Event scatter(ops::Buffer received, ops::Buffer whole, ops::Group group) override;
   void sum_pieces(ops::Buffer shard, ops::Buffer received, int64_t) override { moved({shard, shard, received}); }
-  ops::Event all_reduce(ops::Buffer, ops::Group) override { return {}; }
-  void wait(ops::Event) override {}
+  ops::Event all_reduce(ops::Buffer x, ops::Group group) override { return sent(static_cast<double>(x.bytes()), group); }
+  void wait(ops::Event) override;
   void squared_norm(ops::Buffer, ops::Buffer x) override { moved({x}); }
-  void adamw(ops::Buffer, ops::Buffer, ops::Buffer, ops::Buffer, ops::Buffer gradient, ops::Buffer, ops::Buffer, const ops::UpdateRange& range) override;
+  ops::Event adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) override;
 
  private:
-  struct Life {
-    int64_t bytes = 0, birth = 0, death = -1;
-  };
-  void gemm(int64_t m, int64_t n, int64_t k) { price_.gemm_flops += 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k); }
+  void gemm(int64_t m, int64_t n, int64_t k);
   void moved(std::initializer_list<ops::Buffer> buffers);
+  // Takes the compute stream for so long.
+  void compute(double seconds);
+  // Takes another one, from when compute has come here and that stream is free.
+  ops::Event aside(Stream stream, double seconds);
+  ops::Event sent(double bytes, ops::Group group);
 
   std::array<int64_t, 2> group_sizes_;
   std::array<ops::Buffer, ops::kNumInputs> inputs_;
+  Rates rates_;
   Price price_;
-  std::vector<Life> run_, step_;
+  std::vector<Lifetime> run_, step_;
   std::vector<ops::Kind> kinds_;                 // of step buffers
-  std::array<int64_t, ops::kNumKinds> live_by_kind_{};
-  int64_t live_ = 0, clock_ = 0;
+  std::array<std::array<int64_t, ops::kNumKinds>, ops::kNumTiers> live_by_kind_{};
+  std::array<int64_t, ops::kNumTiers> live_{};
+  int64_t clock_ = 0;
+  std::array<double, kNumStreams> free_at_{};    // seconds from the program's start
+  std::vector<std::pair<Stream, double>> events_;  // when each has happened
   std::string where_;
   int64_t layer_ = -1;
   double sent_bytes_total(const std::vector<int64_t>& elements, Dtype dtype) const;
 };
-
-// Gives every buffer a place such that no two that are alive together overlap: largest first, lowest place that is free.
-// `birth` and `death` are times; death < 0 means never.
-struct Lifetime {
-  int64_t bytes, birth, death;
-};
-Places place(const std::vector<Lifetime>& lives);
 
 }  // namespace uly::plan

@@ -102,6 +102,9 @@ struct Recipe {
   bool overfit_first_batch = false;
   std::string kill_switch_path = "/tmp/at_kill_switch";
   int64_t memory_device_bytes = 0;              // memory.device: what one rank may use; 0 = by the machine
+  int64_t memory_host_bytes = 0;                // memory.host: what all ranks of a machine may use besides; 0 = by the machine
+  std::vector<std::string> memory_disk_folders; // memory.disk: where scratch files may lie; none: no disk
+  int64_t memory_disk_bytes = 0;                // of all ranks of a machine together
   std::string master_weights = "fp32";          // memory.master_weights: fp32 | split
   int64_t memory_tile_bytes = 0;                // memory.tile: of the MLP or the logits; 0 = by the device
 

@@ -27,7 +27,23 @@ LayerViews layer_views(const models::Spec& spec, const Buffer& flat) {
   return v;
 }
 
-Held Block::project(const LayerViews& w, Buffer h_sD, Saved* keep) const {
+void Saved::settle() {
+  for (Parked* p : {&x_sD, &o_sNH, &lse_Sn, &qkv_S, &raw_qk, &rstd_qk, &x1_sD, &gate_up_s2F}) p->settle();
+}
+
+void Saved::want_for_mlp() {
+  x1_sD.want();
+  gate_up_s2F.want();
+  if (x1_sD.exists()) return;
+  o_sNH.want();  // from these it is rebuilt
+  x_sD.want();
+}
+
+void Saved::want_for_attention() {
+  for (Parked* p : {&x_sD, &o_sNH, &lse_Sn, &qkv_S, &raw_qk, &rstd_qk}) p->want();
+}
+
+Held Block::project(const LayerViews& w, Buffer h_sD, Held* raw_qk, Held* rstd_qk) const {
   const int64_t s = options_.s, NH = spec_.query_columns(), KH = spec_.key_columns();
   Held qkv_s = make(s, spec_.qkv_columns(), Kind::kActivations, "q, k, v");
   ops_.linear(qkv_s, h_sD, w.qkv_OD);
@@ -36,13 +52,13 @@ Held Block::project(const LayerViews& w, Buffer h_sD, Saved* keep) const {
   if (spec_.qk_norm) {
     Held rstd = make(s, spec_.N + spec_.K, Kind::kSaved, "q/k norm", Dtype::kF32);
     Buffer raw_q, raw_k;
-    if (keep) {
-      keep->raw_qk = make(s, NH + KH, Kind::kSaved, "q, k before their norm");
-      raw_q = (*keep->raw_qk).column_range(0, NH), raw_k = (*keep->raw_qk).column_range(NH, KH);
+    if (raw_qk) {
+      *raw_qk = make(s, NH + KH, Kind::kSaved, "q, k before their norm");
+      raw_q = (**raw_qk).column_range(0, NH), raw_k = (**raw_qk).column_range(NH, KH);
     }
     ops_.norm_rope(q, raw_q, (*rstd).column_range(0, spec_.N), w.q_norm_H, table_sH_, spec_.norm_eps);
     ops_.norm_rope(k, raw_k, (*rstd).column_range(spec_.N, spec_.K), w.k_norm_H, table_sH_, spec_.norm_eps);
-    if (keep) keep->rstd_qk = std::move(rstd);
+    if (rstd_qk) *rstd_qk = std::move(rstd);
   } else {
     ops_.rope(qk, table_sH_, +1);
   }
@@ -54,15 +70,15 @@ void Block::output_projection(const LayerViews& w, Buffer y_sD, Buffer o_sNH, Bu
   if (w.o_bias_D.exists()) ops_.add_bias(y_sD, w.o_bias_D);
 }
 
-void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h_sD, const Saved& saved) const {
+void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h_sD, Buffer gate_up_s2F, Buffer a_sF) const {
   const int64_t s = options_.s, tile = std::min(options_.mlp_tile, s), F = spec_.F;
   Held scratch_t2F, a_tF;
-  if (!saved.a_sF.exists()) a_tF = make(tile, F, Kind::kActivations, "MLP activation tile");
-  if (!saved.gate_up_s2F.exists()) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
+  if (!a_sF.exists()) a_tF = make(tile, F, Kind::kActivations, "MLP activation tile");
+  if (!gate_up_s2F.exists()) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
   for (int64_t first = 0; first < s; first += tile) {
     const int64_t t = std::min(tile, s - first);
-    const Buffer gate_up = saved.gate_up_s2F.exists() ? (*saved.gate_up_s2F).row_range(first, t) : (*scratch_t2F).row_range(0, t);
-    const Buffer a = saved.a_sF.exists() ? (*saved.a_sF).row_range(first, t) : (*a_tF).row_range(0, t), y = y_sD.row_range(first, t);
+    const Buffer gate_up = gate_up_s2F.exists() ? gate_up_s2F.row_range(first, t) : (*scratch_t2F).row_range(0, t);
+    const Buffer a = a_sF.exists() ? a_sF.row_range(first, t) : (*a_tF).row_range(0, t), y = y_sD.row_range(first, t);
     ops_.linear(gate_up, h_sD.row_range(first, t), w.gate_up_2FD);
     if (w.gate_up_bias_2F.exists()) ops_.add_bias(gate_up, w.gate_up_bias_2F);
     ops_.swiglu(a, gate_up);
@@ -71,72 +87,127 @@ void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h
   }
 }
 
-Held Block::forward(const LayerViews& w, Held x_sD, Keep keep, Saved& saved, int64_t layer) const {
+std::pair<Held, Held> Block::attend(Buffer qkv_S) const {
+  const ops::Heads& heads = ulysses_.heads();
+  Held o_SnH = make(options_.S(), heads.n * heads.H, Kind::kSaved, "attention output");
+  Held lse_Sn = make(options_.S(), heads.n, Kind::kSaved, "attention log-sum-exp", Dtype::kF32);
+  {
+    const Held workspace = this->workspace(ops::attention_workspace_bytes(options_.attention, heads, options_.S()));
+    ops_.attention(o_SnH, lse_Sn, qkv_S, workspace, heads, options_.attention);
+  }
+  return {std::move(o_SnH), std::move(lse_Sn)};
+}
+
+Held Block::forward(const LayerViews& w, Held x, const LayerKeep& keep, Saved& saved, int64_t layer) const {
   const int64_t s = options_.s, D = spec_.D;
-  const bool projections = keep >= Keep::kProjections, everything = keep == Keep::kEverything;
+  const bool projections = keep.level >= Keep::kProjections, everything = keep.level == Keep::kEverything;
   const Kind normed = everything ? Kind::kSaved : Kind::kActivations;
   ops_.mark("attention forward", layer);
+  const Buffer x_sD = x;
+  if (keep.input) saved.x_sD.keep(ops_, std::move(x), keep.input_tier, "layer input");
+  Held o;
+  Buffer o_sNH;
   {
-    Held qkv_S;
+    Held qkv, raw_qk, rstd_qk;
     {
       Held h_sD = make(s, D, normed, "normed input"), rstd_s = make(s, 1, normed, "rstd", Dtype::kF32);
       ops_.rms_norm(h_sD, rstd_s, x_sD, w.norm1_D, spec_.norm_eps);
-      qkv_S = ulysses_.qkv_to_heads(project(w, h_sD, projections ? &saved : nullptr));
-      if (everything) saved.h1_sD = std::move(h_sD), saved.rstd1_s = std::move(rstd_s);
+      qkv = ulysses_.qkv_to_heads(project(w, h_sD, projections ? &raw_qk : nullptr, projections ? &rstd_qk : nullptr));
+      if (everything) saved.h1_sD.keep(ops_, std::move(h_sD), ops::Tier::kDevice, "normed input"), saved.rstd1_s.keep(ops_, std::move(rstd_s), ops::Tier::kDevice, "rstd");
     }
-    const ops::Heads& heads = ulysses_.heads();
-    Held o_SnH = make(options_.S(), heads.n * heads.H, Kind::kSaved, "attention output");
-    saved.lse_Sn = make(options_.S(), heads.n, Kind::kSaved, "attention log-sum-exp", Dtype::kF32);
-    {
-      const Held workspace = this->workspace(ops::attention_workspace_bytes(options_.attention, heads, options_.S()));
-      ops_.attention(o_SnH, saved.lse_Sn, qkv_S, workspace, heads, options_.attention);
+    const Buffer qkv_S = qkv;
+    if (projections) {
+      saved.qkv_S.keep(ops_, std::move(qkv), keep.projections_tier, "q, k, v of my heads");
+      if (spec_.qk_norm) saved.raw_qk.keep(ops_, std::move(raw_qk), keep.projections_tier, "q, k before their norm"), saved.rstd_qk.keep(ops_, std::move(rstd_qk), keep.projections_tier, "q/k norm");
     }
-    if (projections) saved.qkv_S = std::move(qkv_S);
-    qkv_S.reset();
-    saved.o_sNH = ulysses_.output_to_tokens(std::move(o_SnH));
+    auto [o_SnH, lse_Sn] = attend(qkv_S);
+    if (keep.output) saved.lse_Sn.keep(ops_, std::move(lse_Sn), keep.output_tier, "attention log-sum-exp");
+    qkv.reset();
+    o = ulysses_.output_to_tokens(std::move(o_SnH));
+    o_sNH = o;
+    if (keep.output) saved.o_sNH.keep(ops_, std::move(o), keep.output_tier, "attention output");
   }
   ops_.mark("MLP forward", layer);
   Held y_sD = make(s, D, Kind::kSaved, "layer input");
   Held h_sD = make(s, D, normed, "normed MLP input"), rstd_s = make(s, 1, normed, "rstd", Dtype::kF32);
   // Never built in the output's place, though it could be: cuBLAS rounds sums in place otherwise, and what is kept must not
   // change what is computed. Forward has the room: a step's peak is in backward.
-  Held x1_sD = make(s, D, projections ? Kind::kSaved : Kind::kActivations, "MLP input");
-  output_projection(w, x1_sD, saved.o_sNH, x_sD);
+  Held x1 = make(s, D, projections ? Kind::kSaved : Kind::kActivations, "MLP input");
+  const Buffer x1_sD = x1;
+  output_projection(w, x1_sD, o_sNH, x_sD);
+  o.reset();
+  x.reset();
+  if (projections) saved.x1_sD.keep(ops_, std::move(x1), keep.projections_tier, "MLP input");
   ops_.rms_norm(h_sD, rstd_s, x1_sD, w.norm2_D, spec_.norm_eps);
-  if (keep >= Keep::kGateUp) saved.gate_up_s2F = make(s, 2 * spec_.F, Kind::kSaved, "gate and up");
-  if (everything) saved.a_sF = make(s, spec_.F, Kind::kSaved, "MLP activation");
-  mlp_forward(w, y_sD, x1_sD, h_sD, saved);
-  if (everything) saved.h2_sD = std::move(h_sD), saved.rstd2_s = std::move(rstd_s);
-  if (projections) saved.x1_sD = std::move(x1_sD);
-  saved.x_sD = std::move(x_sD);
+  Held gate_up, a;
+  if (keep.level >= Keep::kGateUp) gate_up = make(s, 2 * spec_.F, Kind::kSaved, "gate and up");
+  if (everything) a = make(s, spec_.F, Kind::kSaved, "MLP activation");
+  mlp_forward(w, y_sD, x1_sD, h_sD, gate_up, a);
+  if (gate_up.exists()) saved.gate_up_s2F.keep(ops_, std::move(gate_up), keep.gate_up_tier, "gate and up");
+  if (everything) {
+    saved.a_sF.keep(ops_, std::move(a), ops::Tier::kDevice, "MLP activation");
+    saved.h2_sD.keep(ops_, std::move(h_sD), ops::Tier::kDevice, "normed MLP input"), saved.rstd2_s.keep(ops_, std::move(rstd_s), ops::Tier::kDevice, "rstd");
+  }
   return y_sD;
 }
 
-void Block::normed_again(Held& h_sD, Held& rstd_s, Buffer x_sD, Buffer w_D, const char* what) const {
+void Block::attend_again(const LayerViews& w, Buffer x_sD, Saved& saved) const {
+  if (saved.o_sNH.exists()) return;
+  Held qkv_S;
+  {
+    const Held h_sD = make(options_.s, spec_.D, Kind::kActivations, "normed input"), rstd_s = make(options_.s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+    ops_.rms_norm(h_sD, rstd_s, x_sD, w.norm1_D, spec_.norm_eps);
+    qkv_S = ulysses_.qkv_to_heads(project(w, h_sD, nullptr, nullptr));
+  }
+  auto [o_SnH, lse_Sn] = attend(qkv_S);
+  qkv_S.reset();
+  saved.lse_Sn.keep(ops_, std::move(lse_Sn), ops::Tier::kDevice, "attention log-sum-exp");
+  saved.o_sNH.keep(ops_, ulysses_.output_to_tokens(std::move(o_SnH)), ops::Tier::kDevice, "attention output");
+}
+
+Held Block::forward_again(const LayerViews& w, Buffer x_sD, Saved& saved, int64_t layer) const {
+  const int64_t s = options_.s, D = spec_.D;
+  ops_.mark("forward again", layer);
+  attend_again(w, x_sD, saved);
+  Held y_sD = make(s, D, Kind::kActivations, "layer input, rebuilt");
+  const Held x1_sD = make(s, D, Kind::kActivations, "MLP input, rebuilt"), h_sD = make(s, D, Kind::kActivations, "normed MLP input"), rstd_s = make(s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+  output_projection(w, x1_sD, saved.o_sNH.device(), x_sD);
+  saved.o_sNH.drop();
+  ops_.rms_norm(h_sD, rstd_s, x1_sD, w.norm2_D, spec_.norm_eps);
+  mlp_forward(w, y_sD, x1_sD, h_sD, {}, {});
+  return y_sD;
+}
+
+void Block::normed_again(Parked& h_sD, Parked& rstd_s, Buffer x_sD, Buffer w_D, const char* what) const {
   if (h_sD.exists()) return;
-  h_sD = make(options_.s, spec_.D, Kind::kActivations, what);
-  rstd_s = make(options_.s, 1, Kind::kActivations, "rstd", Dtype::kF32);
-  ops_.rms_norm(h_sD, rstd_s, x_sD, w_D, spec_.norm_eps);
+  Held h = make(options_.s, spec_.D, Kind::kActivations, what), rstd = make(options_.s, 1, Kind::kActivations, "rstd", Dtype::kF32);
+  ops_.rms_norm(h, rstd, x_sD, w_D, spec_.norm_eps);
+  h_sD.keep(ops_, std::move(h), ops::Tier::kDevice, what);
+  rstd_s.keep(ops_, std::move(rstd), ops::Tier::kDevice, "rstd");
 }
 
 void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, Buffer dy_sD) const {
   const int64_t s = options_.s, tile = std::min(options_.mlp_tile, s), D = spec_.D, F = spec_.F;
   if (!saved.x1_sD.exists()) {
-    saved.x1_sD = make(s, D, Kind::kActivations, "MLP input, rebuilt");
-    output_projection(w, saved.x1_sD, saved.o_sNH, saved.x_sD);
+    attend_again(w, saved.x_sD.device(), saved);
+    Held x1_sD = make(s, D, Kind::kActivations, "MLP input, rebuilt");
+    output_projection(w, x1_sD, saved.o_sNH.device(), saved.x_sD.device());
+    saved.x1_sD.keep(ops_, std::move(x1_sD), ops::Tier::kDevice, "MLP input");
   }
-  normed_again(saved.h2_sD, saved.rstd2_s, saved.x1_sD, w.norm2_D, "normed MLP input");
-  const Buffer h_sD = saved.h2_sD;
+  const Buffer x1_sD = saved.x1_sD.device();
+  normed_again(saved.h2_sD, saved.rstd2_s, x1_sD, w.norm2_D, "normed MLP input");
+  const Buffer h_sD = saved.h2_sD.device();
   Held dh_sD = make(s, D, Kind::kActivations, "gradient of the normed MLP input");
   Held scratch_t2F, a_tF, da_tF = make(tile, F, Kind::kActivations, "MLP gradient tile");
   const bool activation = saved.a_sF.exists();
   if (!activation) a_tF = make(tile, F, Kind::kActivations, "MLP activation tile");
   const bool kept = saved.gate_up_s2F.exists();
+  const Buffer gate_up_s2F = kept ? saved.gate_up_s2F.device() : Buffer{}, a_sF = activation ? saved.a_sF.device() : Buffer{};
   if (!kept) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
   for (int64_t first = 0; first < s; first += tile) {
     const int64_t t = std::min(tile, s - first);
-    const Buffer gate_up = kept ? (*saved.gate_up_s2F).row_range(first, t) : (*scratch_t2F).row_range(0, t);
-    const Buffer h = h_sD.row_range(first, t), a = activation ? (*saved.a_sF).row_range(first, t) : (*a_tF).row_range(0, t), da = (*da_tF).row_range(0, t), dy = dy_sD.row_range(first, t);
+    const Buffer gate_up = kept ? gate_up_s2F.row_range(first, t) : (*scratch_t2F).row_range(0, t);
+    const Buffer h = h_sD.row_range(first, t), a = activation ? a_sF.row_range(first, t) : (*a_tF).row_range(0, t), da = (*da_tF).row_range(0, t), dy = dy_sD.row_range(first, t);
     if (!kept) {
       ops_.linear(gate_up, h, w.gate_up_2FD);
       if (w.gate_up_bias_2F.exists()) ops_.add_bias(gate_up, w.gate_up_bias_2F);
@@ -152,18 +223,19 @@ void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, bool add, Sa
   saved.a_sF.reset();
   saved.h2_sD.reset();
   if (dw.down_bias_D.exists()) ops_.bias_grad(dw.down_bias_D, dy_sD);
-  ops_.rms_norm_grad(dy_sD, dw.norm2_D, dh_sD, saved.x1_sD, saved.rstd2_s, w.norm2_D);
+  ops_.rms_norm_grad(dy_sD, dw.norm2_D, dh_sD, x1_sD, saved.rstd2_s.device(), w.norm2_D);
   saved.x1_sD.reset();
+  saved.rstd2_s.reset();
 }
 
-void Block::rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, const Saved& saved, Buffer dqkv_s) const {
+void Block::rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, Buffer dqkv_s) const {
   const int64_t NH = spec_.query_columns(), KH = spec_.key_columns();
   const Buffer dqk = dqkv_s.column_range(0, NH + KH);
   if (!spec_.qk_norm) {
     ops_.rope(dqk, table_sH_, -1);
     return;
   }
-  const Buffer raw = saved.raw_qk, rstd = saved.rstd_qk;
+  const Buffer raw = saved.raw_qk.device(), rstd = saved.rstd_qk.device();
   ops_.norm_rope_grad(dqk.column_range(0, NH), dw.q_norm_H, raw.column_range(0, NH), rstd.column_range(0, spec_.N), w.q_norm_H, table_sH_);
   ops_.norm_rope_grad(dqk.column_range(NH, KH), dw.k_norm_H, raw.column_range(NH, KH), rstd.column_range(spec_.N, spec_.K), w.k_norm_H, table_sH_);
 }
@@ -171,11 +243,16 @@ void Block::rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, co
 void Block::attention_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, Buffer dy_sD) const {
   const int64_t s = options_.s;
   const ops::Heads& heads = ulysses_.heads();
-  normed_again(saved.h1_sD, saved.rstd1_s, saved.x_sD, w.norm1_D, "normed input");
-  const Buffer h_sD = saved.h1_sD;
-  if (!saved.qkv_S.exists()) saved.qkv_S = ulysses_.qkv_to_heads(project(w, h_sD, &saved));
-
-  ops_.linear_dw(dw.o_DO, dy_sD, saved.o_sNH, add);
+  const Buffer x_sD = saved.x_sD.device();
+  normed_again(saved.h1_sD, saved.rstd1_s, x_sD, w.norm1_D, "normed input");
+  const Buffer h_sD = saved.h1_sD.device();
+  if (!saved.qkv_S.exists()) {
+    Held raw_qk, rstd_qk;
+    saved.qkv_S.keep(ops_, ulysses_.qkv_to_heads(project(w, h_sD, &raw_qk, &rstd_qk)), ops::Tier::kDevice, "q, k, v of my heads");
+    if (spec_.qk_norm) saved.raw_qk.keep(ops_, std::move(raw_qk), ops::Tier::kDevice, "q, k before their norm"), saved.rstd_qk.keep(ops_, std::move(rstd_qk), ops::Tier::kDevice, "q/k norm");
+  }
+  const Buffer o_sNH = saved.o_sNH.device();
+  ops_.linear_dw(dw.o_DO, dy_sD, o_sNH, add);
   if (dw.o_bias_D.exists()) ops_.bias_grad(dw.o_bias_D, dy_sD);
   Held do_SnH;
   {
@@ -183,30 +260,34 @@ void Block::attention_backward(const LayerViews& w, const LayerViews& dw, bool a
     ops_.linear_dx(do_sNH, dy_sD, w.o_DO);
     do_SnH = ulysses_.alone() ? std::move(do_sNH) : ulysses_.output_to_heads(do_sNH);
   }
-  Held o_SnH = ulysses_.alone() ? std::move(saved.o_sNH) : ulysses_.output_to_heads(saved.o_sNH);
+  Held o_SnH = ulysses_.alone() ? saved.o_sNH.take() : ulysses_.output_to_heads(o_sNH);
   saved.o_sNH.reset();
   Held dqkv_S = make(options_.S(), (heads.n + 2 * heads.k) * heads.H, Kind::kActivations, "gradient of q, k, v of my heads");
   {
     const Held workspace = this->workspace(ops::attention_grad_workspace_bytes(options_.attention, heads, options_.S()));
-    ops_.attention_grad(dqkv_S, do_SnH, saved.qkv_S, o_SnH, saved.lse_Sn, workspace, heads, options_.attention);
+    ops_.attention_grad(dqkv_S, do_SnH, saved.qkv_S.device(), o_SnH, saved.lse_Sn.device(), workspace, heads, options_.attention);
   }
   saved.qkv_S.reset();
   saved.lse_Sn.reset();
   do_SnH.reset();
   o_SnH.reset();
 
-  Held dqkv_s = ulysses_.qkv_grad_to_tokens(std::move(dqkv_S));
+  const Held dqkv_s = ulysses_.qkv_grad_to_tokens(std::move(dqkv_S));
   rope_and_norm_backward(w, dw, saved, dqkv_s);
   ops_.linear_dw(dw.qkv_OD, dqkv_s, h_sD, add);
   if (dw.qkv_bias_O.exists()) ops_.bias_grad(dw.qkv_bias_O, dqkv_s);
   ops_.linear_dx(h_sD, dqkv_s, w.qkv_OD);
-  ops_.rms_norm_grad(dy_sD, dw.norm1_D, h_sD, saved.x_sD, saved.rstd1_s, w.norm1_D);
+  ops_.rms_norm_grad(dy_sD, dw.norm1_D, h_sD, x_sD, saved.rstd1_s.device(), w.norm1_D);
+  saved = {};
 }
 
-void Block::backward(const LayerViews& w, const LayerViews& dw, bool add, Saved saved, Buffer dy_sD, int64_t layer) const {
+void Block::backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, Buffer dy_sD, int64_t layer, const std::function<void()>& between) const {
   ops_.mark("MLP backward", layer);
+  saved.want_for_mlp();
+  saved.want_for_attention();
   mlp_backward(w, dw, add, saved, dy_sD);
   ops_.mark("attention backward", layer);
+  between();
   attention_backward(w, dw, add, saved, dy_sD);
 }
 

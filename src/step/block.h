@@ -1,7 +1,11 @@
 // One decoder block, forward and backward, as explicit instructions.
 #pragma once
 
+#include <functional>
+#include <utility>
+
 #include "step/options.h"
+#include "step/parked.h"
 #include "step/ulysses.h"
 #include "step/zero.h"
 
@@ -9,10 +13,17 @@ namespace uly::step {
 
 // What backward needs of one layer: a type, so that pricing sizes it; keeping less is simply a smaller one.
 struct Saved {
-  ops::Held x_sD, o_sNH, lse_Sn;               // always
-  ops::Held qkv_S, raw_qk, rstd_qk, x1_sD;     // Keep::kProjections; raw_qk and rstd_qk with qk_norm only
-  ops::Held gate_up_s2F;                       // Keep::kGateUp
-  ops::Held h1_sD, rstd1_s, h2_sD, rstd2_s, a_sF;  // Keep::kEverything: the normed inputs of attention and MLP, silu(gate) up
+  Parked x_sD;                                 // LayerKeep::input
+  Parked o_sNH, lse_Sn;                        // LayerKeep::output
+  Parked qkv_S, raw_qk, rstd_qk, x1_sD;        // Keep::kProjections; raw_qk and rstd_qk with qk_norm only
+  Parked gate_up_s2F;                          // Keep::kGateUp
+  Parked h1_sD, rstd1_s, h2_sD, rstd2_s, a_sF;  // Keep::kEverything: the normed inputs of attention and MLP, silu(gate) up
+
+  // Waits for what is on its way out of the device.
+  void settle();
+  // Starts the way back of what the MLP's backward reads, of what attention's does.
+  void want_for_mlp();
+  void want_for_attention();
 };
 
 // The weights of one layer as views of its flat buffer; the same struct names its gradients.
@@ -27,25 +38,36 @@ class Block {
       : ops_(ops), spec_(spec), options_(options), ulysses_(ulysses), table_sH_(rope_table) {}
 
   // Returns y_sD; moves what backward needs into `saved`.
-  ops::Held forward(const LayerViews& w, ops::Held x_sD, Keep keep, Saved& saved, int64_t layer) const;
+  ops::Held forward(const LayerViews& w, ops::Held x_sD, const LayerKeep& keep, Saved& saved, int64_t layer) const;
 
-  // dy_sD becomes dx_sD; adds to dw, or without `add` writes its matrices.
-  void backward(const LayerViews& w, const LayerViews& dw, bool add, Saved saved, ops::Buffer dy_sD, int64_t layer) const;
+  // Returns y_sD again, from x_sD and what is kept: attention's output, which is computed anew where it is not, and
+  // then stays in `saved`.
+  ops::Held forward_again(const LayerViews& w, ops::Buffer x_sD, Saved& saved, int64_t layer) const;
+
+  // dy_sD becomes dx_sD; adds to dw, or without `add` writes its matrices. `saved` has x_sD. Calls `between` once the MLP's part
+  // is done.
+  void backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Buffer dy_sD, int64_t layer, const std::function<void()>& between) const;
 
  private:
-  // q, k, v of my tokens: projection, bias, q/k norm, rope. With `keep`, what the gradient of a q/k norm needs goes there.
-  ops::Held project(const LayerViews& w, ops::Buffer h_sD, Saved* keep) const;
+  // q, k, v of my tokens: projection, bias, q/k norm, rope. With `raw_qk` and `rstd_qk`, what the gradient of a q/k norm needs goes
+  // there.
+  ops::Held project(const LayerViews& w, ops::Buffer h_sD, ops::Held* raw_qk, ops::Held* rstd_qk) const;
+  // Attention of qkv_S: its output, all heads of my tokens, and log-sum-exp.
+  std::pair<ops::Held, ops::Held> attend(ops::Buffer qkv_S) const;
+  // Attention's output, log-sum-exp and all that its backward needs, where they have not been kept.
+  void attend_again(const LayerViews& w, ops::Buffer x_sD, Saved& saved) const;
   ops::Held make(int64_t rows, int64_t columns, ops::Kind kind, const char* what, Dtype dtype) const { return ops::Held(ops_, rows, columns, dtype, kind, what); }
   ops::Held make(int64_t rows, int64_t columns, ops::Kind kind, const char* what) const { return make(rows, columns, kind, what, options_.dtype); }
   // No buffer for 0 bytes.
   ops::Held workspace(int64_t bytes) const { return bytes > 0 ? make(1, bytes, ops::Kind::kActivations, "attention workspace", Dtype::kU8) : ops::Held(); }
   // Fills h and rstd from x unless they have been kept.
-  void normed_again(ops::Held& h_sD, ops::Held& rstd_s, ops::Buffer x_sD, ops::Buffer w_D, const char* what) const;
+  void normed_again(Parked& h_sD, Parked& rstd_s, ops::Buffer x_sD, ops::Buffer w_D, const char* what) const;
   void output_projection(const LayerViews& w, ops::Buffer y_sD, ops::Buffer o_sNH, ops::Buffer x_sD) const;
-  void mlp_forward(const LayerViews& w, ops::Buffer y_sD, ops::Buffer x1_sD, ops::Buffer h_sD, const Saved& saved) const;
+  // gate_up_s2F and a_sF: where these are kept whole, or no buffers.
+  void mlp_forward(const LayerViews& w, ops::Buffer y_sD, ops::Buffer x1_sD, ops::Buffer h_sD, ops::Buffer gate_up_s2F, ops::Buffer a_sF) const;
   void mlp_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Buffer dy_sD) const;
   void attention_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Buffer dy_sD) const;
-  void rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, const Saved& saved, ops::Buffer dqkv_s) const;
+  void rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, ops::Buffer dqkv_s) const;
 
   ops::Ops& ops_;
   const models::Spec& spec_;

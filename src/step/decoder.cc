@@ -47,7 +47,7 @@ Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, cons
       ops.sum_loss(states.loss_total, loss_s);
     }
     if (spec.tied_embeddings) {
-      zero.reduce(units.table);
+      zero.reduce(units.table, false);
       zero.release(units.table);
       gradient = zero.gradient(units.head);
     }
@@ -63,80 +63,154 @@ Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, cons
 
 }  // namespace
 
-void begin(ops::Ops& ops, const States& states) { ops.zero(states.loss_total); }
-
-void micro_step(ops::Ops& ops, const Model& m, const Options& o, const States& states, bool first) {
-  const models::Spec& spec = m.spec;
-  const Schedule units(m);
-  const size_t L = static_cast<size_t>(spec.L);
-  Zero zero(ops, m.units, o, states, first);
-  const Ulysses ulysses(ops, spec, o);
-
-  ops.mark("embedding", -1);
-  const Buffer ids_s = ops.input(ops::Input::kIds_s);
-  Held table_sH(ops, o.s, spec.H, Dtype::kF32, Kind::kActivations, "cos and sin");
-  ops.rope_table(table_sH);
-  const Block block(ops, spec, o, ulysses, table_sH);
-
-  zero.prefetch(units.embedding);
-  Held x_sD(ops, o.s, spec.D, o.dtype, Kind::kSaved, "layer input");
-  const Buffer embedding = zero.weights(units.embedding).view(0, spec.V, spec.D);
-  zero.prefetch(1);
-  ops.embed(x_sD, embedding, ids_s);
-  zero.release(units.embedding);
-
-  std::vector<Saved> saved(L);
-  for (size_t l = 0; l < L; ++l) {
-    const LayerViews w = layer_views(spec, zero.weights(l + 1));
-    zero.prefetch(l + 2);  // after the last layer: the head
-    x_sD = block.forward(w, std::move(x_sD), o.keep[l], saved[l], static_cast<int64_t>(l));
-    zero.release(l + 1);
-  }
-  Held dx_sD = loss_head(ops, m, o, zero, states, std::move(x_sD));
-  for (size_t l = L; l-- > 0;) {
-    const LayerViews w = layer_views(spec, zero.weights(l + 1));
-    if (l > 0) zero.prefetch(l);
-    const LayerViews dw = layer_views(spec, zero.gradient(l + 1));
-    block.backward(w, dw, zero.products_add(), std::move(saved[l]), dx_sD, static_cast<int64_t>(l));
-    zero.reduce(l + 1);
-    zero.release(l + 1);
-  }
-  ops.mark("embedding backward", -1);
-  ops.embed_grad(zero.gradient(units.embedding).view(0, spec.V, spec.D), dx_sD, ids_s);
-  zero.reduce(units.embedding);
-  zero.flush();
+void begin(ops::Ops& ops, const States& states) {
+  ops.zero(states.loss_total);
+  ops.zero(states.norm_total);
 }
+
+namespace {
+
+// One micro-batch on its way through the layers and back.
+class Micro {
+ public:
+  Micro(ops::Ops& ops, const Model& m, const Options& o, const States& states, const Phase& phase)
+      : ops_(ops), m_(m), o_(o), states_(states), units_(m), zero_(ops, m.units, o, states, phase), ulysses_(ops, m.spec, o), saved_(static_cast<size_t>(m.spec.L)) {}
+
+  void run() {
+    ops_.mark("embedding", -1);
+    Held table_sH(ops_, o_.s, m_.spec.H, Dtype::kF32, Kind::kActivations, "cos and sin");
+    ops_.rope_table(table_sH);
+    const Block block(ops_, m_.spec, o_, ulysses_, table_sH);
+    block_ = &block;
+    Held dx_sD = loss_head(ops_, m_, o_, zero_, states_, forward());
+    for (Saved& saved : saved_) saved.settle();
+    backward(dx_sD);
+    ops_.mark("embedding backward", -1);
+    ops_.embed_grad(zero_.gradient(units_.embedding).view(0, m_.spec.V, m_.spec.D), dx_sD, ops_.input(ops::Input::kIds_s));
+    zero_.reduce(units_.embedding);
+    zero_.flush();
+  }
+
+ private:
+  LayerViews weights(size_t l) { return layer_views(m_.spec, zero_.weights(l + 1)); }
+
+  Held forward() {
+    const models::Spec& spec = m_.spec;
+    zero_.prefetch(units_.embedding);
+    Held x_sD(ops_, o_.s, spec.D, o_.dtype, Kind::kSaved, "layer input");
+    const Buffer embedding = zero_.weights(units_.embedding).view(0, spec.V, spec.D);
+    zero_.prefetch(1);
+    ops_.embed(x_sD, embedding, ops_.input(ops::Input::kIds_s));
+    zero_.release(units_.embedding);
+    for (size_t l = 0; l < saved_.size(); ++l) {
+      const LayerViews w = weights(l);
+      zero_.prefetch(l + 2);  // after the last layer: the head
+      x_sD = block_->forward(w, std::move(x_sD), o_.keep[l], saved_[l], static_cast<int64_t>(l));
+      if (l > 0) saved_[l - 1].settle();
+      zero_.release(l + 1);
+    }
+    zero_.updates_done();
+    return x_sD;
+  }
+
+  // From the last layer to the first, by runs of layers that begin with one whose input is kept.
+  void backward(Buffer dx_sD) {
+    for (size_t end = saved_.size(); end > 0;) {
+      size_t begin = end - 1;
+      while (!o_.keep[begin].input) --begin;
+      backward_run(begin, end, dx_sD);
+      end = begin;
+    }
+  }
+
+  // Layers [begin, end); the input of `begin` is kept. Where the others' are too many to be there at once, those of the second
+  // half are rebuilt first, from the input in the middle.
+  void backward_run(size_t begin, size_t end, Buffer dx_sD) {
+    const size_t rebuilt = end - begin - 1;
+    if (static_cast<int64_t>(rebuilt) > std::max<int64_t>(1, o_.rebuilt_inputs)) {
+      const size_t middle = begin + (end - begin) / 2;
+      rebuild(begin, middle, true);
+      backward_run(middle, end, dx_sD);
+      end = middle;
+      if (end > begin) backward_run(begin, end, dx_sD);
+      return;
+    }
+    rebuild(begin, end - 1, false);
+    for (size_t l = end; l-- > begin;) backward_layer(l, dx_sD);
+  }
+
+  // Inputs of the layers after `begin` up to `last`; with `only_last` those between do not stay.
+  void rebuild(size_t begin, size_t last, bool only_last) {
+    for (size_t l = begin; l < last; ++l) {
+      const LayerViews w = weights(l);
+      zero_.prefetch(l + 2);
+      saved_[l + 1].o_sNH.want();
+      Held y_sD = block_->forward_again(w, saved_[l].x_sD.device(), saved_[l], static_cast<int64_t>(l));
+      zero_.release(l + 1);
+      if (l == begin || only_last) {
+        if (l == begin) saved_[l].x_sD.drop();
+        else saved_[l].x_sD.reset();
+        if (only_last && !o_.keep[l].output) saved_[l].o_sNH.reset(), saved_[l].lse_Sn.reset();
+      }
+      saved_[l + 1].x_sD.keep(ops_, std::move(y_sD), ops::Tier::kDevice, "layer input, rebuilt");
+    }
+  }
+
+  // What the layer before l needs first; where its input is not kept, what that is rebuilt from.
+  void want_before(size_t l) {
+    size_t begin = l - 1;
+    while (!saved_[begin].x_sD.exists()) --begin;
+    if (begin == l - 1) return saved_[begin].want_for_mlp();
+    saved_[begin].x_sD.want();
+    saved_[begin].o_sNH.want();
+  }
+
+  void backward_layer(size_t l, Buffer dx_sD) {
+    const LayerViews w = weights(l);
+    if (l > 0) zero_.prefetch(l);
+    const LayerViews dw = layer_views(m_.spec, zero_.gradient(l + 1));
+    // What the layer before keeps elsewhere comes while this one works.
+    block_->backward(w, dw, zero_.products_add(), saved_[l], dx_sD, static_cast<int64_t>(l), [&] {
+      if (l > 0) want_before(l);
+    });
+    zero_.reduce(l + 1);
+    zero_.release(l + 1);
+  }
+
+  ops::Ops& ops_;
+  const Model& m_;
+  const Options& o_;
+  const States& states_;
+  const Schedule units_;
+  Zero zero_;
+  const Ulysses ulysses_;
+  const Block* block_ = nullptr;
+  std::vector<Saved> saved_;
+};
+
+}  // namespace
+
+void micro_step(ops::Ops& ops, const Model& m, const Options& o, const States& states, const Phase& phase) { Micro(ops, m, o, states, phase).run(); }
 
 void finish_gradients(ops::Ops& ops, const Options& o, const States& states) {
   ops.mark("gradient norm", -1);
-  ops.zero(states.norm_total);
-  for (const UnitState& unit : states.units) ops.squared_norm(states.norm_total, unit.gradient);
-  if (o.mesh.W == 1) return;
-  ops.wait(ops.all_reduce(states.norm_total, ops::Group::kWorld));
-  ops.wait(ops.all_reduce(states.loss_total, ops::Group::kWorld));
-}
-
-std::vector<ops::UpdateRange> update_ranges(const models::Unit& unit, const Mesh& mesh) {
-  const int64_t n = shard_elements(unit, mesh.W), begin = mesh.rank * n, end = begin + n;
-  std::vector<ops::UpdateRange> ranges;
-  for (const models::Tensor& tensor : unit.tensors) {
-    const int64_t first = std::max(tensor.offset, begin), last = std::min(tensor.offset + tensor.elements(), end);
-    if (first >= last) continue;
-    if (!ranges.empty() && ranges.back().decays == tensor.decays && ranges.back().first + ranges.back().count == first - begin) {
-      ranges.back().count += last - first;
-    } else {
-      ranges.push_back({.first = first - begin, .count = last - first, .decays = tensor.decays});
-    }
+  if (o.mesh.W > 1) {
+    ops.wait(ops.all_reduce(states.norm_total, ops::Group::kWorld));
+    ops.wait(ops.all_reduce(states.loss_total, ops::Group::kWorld));
   }
-  return ranges;
+  if (states.applied_norm.exists()) {
+    ops.copy(states.applied_norm, states.norm_total);
+    ops.copy(states.applied_loss, states.loss_total);
+  }
+  if (states.host_norm.exists()) {
+    ops.wait(ops.move(states.host_norm, states.norm_total));
+    ops.wait(ops.move(states.host_loss, states.loss_total));
+  }
 }
 
 void update(ops::Ops& ops, const Model& m, const Options& o, const States& states) {
   ops.mark("optimizer", -1);
-  for (size_t u = 0; u < m.units.size(); ++u) {
-    const UnitState& s = states.units[u];
-    for (const ops::UpdateRange& range : update_ranges(m.units[u], o.mesh)) ops.adamw(s.weight, s.master, s.m, s.v, s.gradient, states.norm_total, states.loss_total, range);
-  }
+  Zero(ops, m.units, o, states, {.first = false, .last = false, .update = true}).update_all();
 }
 
 }  // namespace uly::step

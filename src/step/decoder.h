@@ -14,20 +14,16 @@ struct Model {
   explicit Model(models::Spec s) : spec(std::move(s)), units(models::units(spec)) {}
 };
 
-// Empties the loss: before the first micro-batch of a step.
+// Empties loss and norm: before the first micro-batch of a step.
 void begin(ops::Ops& ops, const States& states);
 
-// Forward and backward of one micro-batch: adds to every gradient shard and to loss_total; the step's `first` writes the
-// gradients, whatever they held.
-void micro_step(ops::Ops& ops, const Model& model, const Options& options, const States& states, bool first);
+// Forward and backward of one micro-batch: adds to every gradient shard and to loss_total.
+void micro_step(ops::Ops& ops, const Model& model, const Options& options, const States& states, const Phase& phase);
 
-// Sums loss and squared norm of the gradient over all ranks.
+// Sums loss and squared norm of the gradient over all ranks; puts them where updates read them.
 void finish_gradients(ops::Ops& ops, const Options& options, const States& states);
 
-// Clips, updates weights and moments.
+// Clips, updates weights and moments of all units, at once: where updates are not deferred, or before somebody reads them.
 void update(ops::Ops& ops, const Model& model, const Options& options, const States& states);
-
-// Pieces of a rank's shard of a unit by their rule for weight decay.
-std::vector<ops::UpdateRange> update_ranges(const models::Unit& unit, const Mesh& mesh);
 
 }  // namespace uly::step

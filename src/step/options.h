@@ -1,6 +1,7 @@
 // What a program of one rank depends on: the place of the rank, the shapes, and what the plan chose.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -18,12 +19,31 @@ struct Mesh {
   int64_t replica() const { return rank / P; }
 };
 
-// What is kept of a layer for its backward; the rest is rebuilt by GEMMs, attention is never repeated.
+// What is kept of a layer for its backward besides its input, attention output and log-sum-exp; the rest is rebuilt by GEMMs.
 enum class Keep : uint8_t {
-  kInput,        // the layer's input, attention output and log-sum-exp
+  kInput,        // nothing
   kProjections,  // and q, k, v as attention saw them, and the input of the MLP
   kGateUp,       // and gate and up: no GEMM is repeated
   kEverything,   // and the normed inputs and the MLP's activation: nothing is computed twice
+};
+
+// What is kept of one layer, and in which tier it waits for backward.
+struct LayerKeep {
+  Keep level = Keep::kInput;
+  bool input = true;   // false: rebuilt from the nearest layer before whose input is kept; level is kInput then
+  bool output = true;  // attention's output and log-sum-exp; false: attention is computed again; level is kInput then
+  ops::Tier input_tier = ops::Tier::kDevice, output_tier = ops::Tier::kDevice, projections_tier = ops::Tier::kDevice, gate_up_tier = ops::Tier::kDevice;
+
+  bool operator==(const LayerKeep&) const = default;
+};
+
+// In which tier a unit's parts lie between their uses. An update on the host wants optimizer and gradient there; one on the
+// device streams them through it.
+struct UnitTiers {
+  ops::Tier weight = ops::Tier::kDevice, optimizer = ops::Tier::kDevice, gradient = ops::Tier::kDevice;
+  bool update_on_host = false;
+
+  bool operator==(const UnitTiers&) const = default;
 };
 
 struct Options {
@@ -36,11 +56,19 @@ struct Options {
   int64_t s = 0;                   // tokens of each rank's shard
   int64_t mlp_tile = 0, loss_tile = 0;
   ops::AttentionSchedule attention;
-  std::vector<Keep> keep;          // one a layer
+  std::vector<LayerKeep> keep;     // one a layer
+  int64_t rebuilt_inputs = 1;      // layers' inputs that are rebuilt at once; more wanted are rebuilt by halves
+  std::vector<UnitTiers> tiers;    // one a unit; none: all on the device
+  int64_t update_piece = int64_t{1} << 27;  // elements of a unit that are streamed through the device at once
 
   // Ranks over which attention's heads are spread.
   int64_t exchange_ranks() const { return exchange ? mesh.P : 1; }
   int64_t S() const { return s * exchange_ranks(); }
+  UnitTiers tiers_of(size_t unit) const { return tiers.empty() ? UnitTiers{} : tiers[unit]; }
+  // Whether updates wait for the next step's forward, to run under it.
+  bool defers_updates() const {
+    return std::any_of(tiers.begin(), tiers.end(), [](const UnitTiers& t) { return t.optimizer != ops::Tier::kDevice; });
+  }
 };
 
 }  // namespace uly::step

@@ -118,7 +118,7 @@ void Loop::step(int64_t epoch, int64_t step_in_epoch) {
     int64_t tokens = 0;
     for (const int64_t i : window[micro][mine]) tokens += s_.tokens().length(i);
     const int64_t S = plan::padded_length(r_, s_.plan().max_length, mesh.P, tokens);
-    s_.micro_step(data::make_batch(s_.tokens(), window[micro][mine], S, mesh.P, mesh.p()), scale[micro][mine]);
+    s_.micro_step(data::make_batch(s_.tokens(), window[micro][mine], S, mesh.P, mesh.p()), scale[micro][mine], micro + 1 == window.size());
   }
   s_.finish_gradients();
   if (!job_.dump_folder.empty()) dump_gradients(s_, job_.dump_folder, steps_ + 1, s_.loss());
@@ -148,6 +148,7 @@ void Loop::maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended) {
     if (!(ended ? c.save_end_of_training : by_step || by_epoch)) continue;
     const std::string folder = hub_folder(c, steps_);
     if (!saved_.insert(folder).second) continue;
+    s_.flush();
     save_hub(s_, folder);
     if (s_.first()) say("saved {}", folder);
   }
@@ -210,12 +211,12 @@ void say_memory(Session& s, int64_t before, bool cuda) {
   if (!s.first()) return;
   if (cuda) {  // its memory is no part of what is resident here
     const plan::Plan& p = s.plan();
-    say("memory: {} of the GPU, as priced = {} between steps + {} within one + {} for libraries", format_bytes(plan::total_bytes(p)), format_bytes(p.price.run_bytes), format_bytes(p.price.step_places.arena_bytes), format_bytes(p.besides_bytes));
+    say("memory: {} of the GPU, as priced = {} between steps + {} within one + {} for libraries", format_bytes(plan::total_bytes(p)), format_bytes(p.price.of(ops::Tier::kDevice).run_bytes), format_bytes(p.price.step_places.of(ops::Tier::kDevice)), format_bytes(p.besides_bytes));
     return;
   }
-  const int64_t priced = s.plan().price.run_bytes, used = s.engine().peak_placed_bytes(), peak = memory::peak_resident_bytes();
+  const int64_t priced = s.plan().price.of(ops::Tier::kDevice).run_bytes, used = s.engine().peak_placed_bytes(), peak = memory::peak_resident_bytes();
   say("memory: {} at most = {} program and libraries + {} between steps + {} within one ({} priced) + {} that libraries allocated", format_bytes(peak), format_bytes(before), format_bytes(priced),
-      format_bytes(used), format_bytes(s.plan().price.step_places.arena_bytes), format_bytes(std::max<int64_t>(0, peak - before - priced - used)));
+      format_bytes(used), format_bytes(s.plan().price.step_places.of(ops::Tier::kDevice)), format_bytes(std::max<int64_t>(0, peak - before - priced - used)));
 }
 
 }  // namespace

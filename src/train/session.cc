@@ -70,7 +70,7 @@ Session::Session(const Job& job, comm::World& world)
   const step::Options options = plan::options_for(plan_, mesh_.rank, plan_.planned_length);
   const plan::Price price = plan::price_step(*model_, options);
   engine_->begin_run(price.run_places);
-  engine_->reserve_step(price.step_places.arena_bytes);
+  engine_->reserve_step(price.step_places);
   states_ = step::make_states(*engine_, model_->units, options);
   load_weights();
 }
@@ -114,19 +114,26 @@ void Session::load_range(const step::UnitState& state, int64_t at, std::vector<f
       weight[i] = split.weight, low[i] = split.low;
     }
     engine_->write(state.weight.column_range(at, count), weight.data());
+    if (state.copy.exists()) engine_->write(state.copy.column_range(at, count), weight.data());
     engine_->write(state.master.column_range(at, count), low.data());
     return;
   }
   engine_->write(state.master.column_range(at, count), values.data());
-  if (state.weight.dtype == Dtype::kBf16) engine_->copy(state.weight.column_range(at, count), state.master.column_range(at, count));
+  if (state.weight.dtype == Dtype::kBf16) {
+    std::vector<kernels::Bf16> rounded(values.size());
+    std::transform(values.begin(), values.end(), rounded.begin(), [](float x) { return kernels::to_bf16(x); });
+    engine_->write(state.weight.column_range(at, count), rounded.data());
+  } else if (state.weight.id != state.master.id) {
+    engine_->write(state.weight.column_range(at, count), values.data());
+  }
 }
 
 void Session::make_engine(const Job& job, int64_t local_rank) {
   if (!job.cuda) {
-    engine_ = engine::make_cpu_engine(world_.all(), *sequence_);
+    engine_ = engine::make_cpu_engine(world_.all(), *sequence_, {.disk_folders = recipe_.memory_disk_folders, .delays = job.delays});
     return;
   }
-  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .advice = {}};
+  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .disk_folders = recipe_.memory_disk_folders, .advice = {}};
   options.advice = [this, local_rank](int64_t bytes) {
     const int64_t longest = plan::longest_that_fits(recipe_, spec(), machine_, world_.size(), bytes + plan_.besides_bytes);
     return others_on_gpu(local_rank) + (longest > 0 ? fmt::format("; the longest that fits is data.max_length={}", longest) : "");
@@ -134,23 +141,23 @@ void Session::make_engine(const Job& job, int64_t local_rank) {
   engine_ = engine::make_cuda_engine(launch::program_folder(), world_.all(), *sequence_, options);
 }
 
-const Session::Program& Session::program_for(int64_t S) {
-  const auto found = programs_.find(S);
+const Session::Program& Session::program_for(int64_t S, bool update) {
+  const auto found = programs_.find({S, update});
   if (found != programs_.end()) return found->second;
   Program program;
   program.options = plan::options_for(plan_, mesh_.rank, S);
-  program.places = plan::price_step(*model_, program.options).step_places;
-  return programs_.emplace(S, std::move(program)).first->second;
+  program.places = plan::price_micro_step(*model_, program.options, {.update = update}).step_places;
+  return programs_.emplace(std::pair(S, update), std::move(program)).first->second;
 }
 
-void Session::micro_step(data::Batch batch, double scale) {
-  const Program& program = program_for(batch.S);
+void Session::micro_step(data::Batch batch, double scale, bool last) {
+  const Program& program = program_for(batch.S, update_pending_);
   const models::RopeTable rope = models::rope_table(spec(), batch.longest_document);
   engine::BatchData data{.ids = std::move(batch.ids), .labels = std::move(batch.labels), .positions = std::move(batch.positions), .scale = scale, .inverse_frequencies = rope.inverse_frequencies, .rope_factor = rope.attention_factor, .padding_token = spec().padding_token};
   data.document_starts = program.options.exchange ? std::move(batch.document_starts) : data::starts_within_shard(batch.document_starts, batch.S, mesh_.P, mesh_.p());
   engine_->begin_step(program.places, std::move(data), ops::document_table_bytes(program.options.attention, program.options.S()));
-  step::micro_step(*engine_, *model_, program.options, states_, first_micro_);
-  first_micro_ = false;
+  step::micro_step(*engine_, *model_, program.options, states_, {.first = first_micro_, .last = last, .update = update_pending_});
+  first_micro_ = update_pending_ = false;
 }
 
 void Session::finish_gradients() { step::finish_gradients(*engine_, plan_.options, states_); }
@@ -160,7 +167,21 @@ void Session::update(double learning_rate, int64_t step) {
   engine_->set_update({.learning_rate = learning_rate, .beta1 = o.beta1, .beta2 = o.beta2, .eps = o.eps, .weight_decay = o.weight_decay, .clip = recipe_.deepspeed.gradient_clipping, .step = step});
   step::Options options = plan_.options;
   options.mesh = mesh_;
-  step::update(*engine_, *model_, options, states_);
+  update_pending_ = options.defers_updates();
+  if (!update_pending_) step::update(*engine_, *model_, options, states_);
+}
+
+void Session::flush() {
+  if (!update_pending_) return;
+  if (!update_program_) {
+    update_program_.emplace();
+    update_program_->options = plan_.options;
+    update_program_->options.mesh = mesh_;
+    update_program_->places = plan::price_update(*model_, update_program_->options).step_places;
+  }
+  engine_->begin_step(update_program_->places, {}, 0);
+  step::update(*engine_, *model_, update_program_->options, states_);
+  update_pending_ = false;
 }
 
 std::string Session::where_not_finite() {

@@ -27,10 +27,13 @@ class Session {
     first_micro_ = true;
   }
   // Forward and backward of one micro-batch. `scale` of the loss and its gradient.
-  void micro_step(data::Batch batch, double scale);
+  void micro_step(data::Batch batch, double scale, bool last);
   // Sums over all ranks; afterwards loss() and squared_norm() are those of the step.
   void finish_gradients();
+  // Updates the weights, or lets the next step do so under its forward.
   void update(double learning_rate, int64_t step);
+  // Makes the update that is still to be made: before weights are read.
+  void flush();
 
   double loss() { return engine_->scalar(states_.loss_total); }
   double squared_norm() { return engine_->scalar(states_.norm_total); }
@@ -57,7 +60,7 @@ class Session {
     step::Options options;
     ops::Places places;
   };
-  const Program& program_for(int64_t S);
+  const Program& program_for(int64_t S, bool update);
   void agree();
   void load_weights();
   void make_engine(const Job& job, int64_t local_rank);
@@ -75,8 +78,10 @@ class Session {
   std::unique_ptr<engine::Engine> engine_;
   step::States states_;
   plan::Machine machine_;
-  bool first_micro_ = true;  // the next micro-batch is its step's first
-  std::map<int64_t, Program> programs_;  // by padded length
+  bool first_micro_ = true;     // the next micro-batch is its step's first
+  bool update_pending_ = false;
+  std::map<std::pair<int64_t, bool>, Program> programs_;  // by padded length, and whether updates are made in it
+  std::optional<Program> update_program_;
 };
 
 }  // namespace uly::train

@@ -1,6 +1,7 @@
 // One rank's part of a training run, from the recipe to the saved checkpoint.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,7 @@ struct Job {
   std::string tokens_path;    // what `prepare` has written
   std::string dump_folder;    // if not empty: step_N.safetensors there holds the loss and every gradient of step N
   bool cuda = false;
+  uint64_t delays = 0;        // for tests: engine::CpuOptions::delays
   std::string profile;        // if not empty: where rank 0 writes a Chrome trace of the third step, or of the last before
 };
 

@@ -27,12 +27,12 @@ TEST_P(ArenaTest, MeasuredPeakEqualsThePricedOne) {
   o.s = 700;
   o.dtype = Dtype::kF32;
   o.mlp_tile = 256, o.loss_tile = 192;
-  o.keep.assign(3, GetParam());
+  o.keep.assign(3, {.level = GetParam()});
   const plan::Price price = plan::price_step(model, o);
 
   comm::World world = std::move(comm::World::threads(1)[0]);
   const std::unique_ptr<comm::Group> sequence = world.subgroup({0}, "sequence");
-  const std::unique_ptr<engine::Engine> made = engine::make_cpu_engine(world.all(), *sequence);
+  const std::unique_ptr<engine::Engine> made = engine::make_cpu_engine(world.all(), *sequence, {});
   engine::Engine& engine = *made;
   engine.begin_run(price.run_places);
   const step::States states = step::make_states(engine, model.units, o);
@@ -40,13 +40,13 @@ TEST_P(ArenaTest, MeasuredPeakEqualsThePricedOne) {
   engine::BatchData batch{.ids = std::vector<int64_t>(700, 3), .labels = std::vector<int64_t>(700, 5), .positions = {}, .document_starts = {0, 300, 700}, .scale = 1.0 / 700, .inverse_frequencies = rope.inverse_frequencies};
   for (int64_t i = 0; i < 700; ++i) batch.positions.push_back(i < 300 ? i : i - 300);
   engine.begin_step(price.step_places, batch, 0);
-  step::micro_step(engine, model, o, states, true);
+  step::micro_step(engine, model, o, states, {});
 
-  EXPECT_EQ(engine.peak_alive_bytes(), price.peak_bytes);
-  EXPECT_EQ(engine.peak_placed_bytes(), price.step_places.arena_bytes);
+  EXPECT_EQ(engine.peak_alive_bytes(), price.of(ops::Tier::kDevice).peak_bytes);
+  EXPECT_EQ(engine.peak_placed_bytes(), price.step_places.of(ops::Tier::kDevice));
   const int64_t touched = engine.touched_step_bytes();
-  EXPECT_GT(touched, price.step_places.arena_bytes * 9 / 10);
-  EXPECT_LE(touched, (price.step_places.arena_bytes + (2 << 20)) / (2 << 20) * (2 << 20)) << "whole huge pages";
+  EXPECT_GT(touched, price.step_places.of(ops::Tier::kDevice) * 9 / 10);
+  EXPECT_LE(touched, (price.step_places.of(ops::Tier::kDevice) + (2 << 20)) / (2 << 20) * (2 << 20)) << "whole huge pages";
 }
 
 // Gradients of one micro-batch, of all units, with so much kept.
@@ -56,11 +56,11 @@ std::vector<std::vector<float>> gradients(step::Keep keep) {
   o.s = 70;
   o.dtype = Dtype::kF32;
   o.mlp_tile = 32, o.loss_tile = 24;
-  o.keep.assign(3, keep);
+  o.keep.assign(3, {.level = keep});
   const plan::Price price = plan::price_step(model, o);
   comm::World world = std::move(comm::World::threads(1)[0]);
   const std::unique_ptr<comm::Group> sequence = world.subgroup({0}, "sequence");
-  const std::unique_ptr<engine::Engine> engine = engine::make_cpu_engine(world.all(), *sequence);
+  const std::unique_ptr<engine::Engine> engine = engine::make_cpu_engine(world.all(), *sequence, {});
   engine->begin_run(price.run_places);
   const step::States states = step::make_states(*engine, model.units, o);
   std::mt19937 random(5);
@@ -76,7 +76,7 @@ std::vector<std::vector<float>> gradients(step::Keep keep) {
   for (int64_t i = 0; i < 70; ++i) batch.ids.push_back(i * 7 % 500), batch.labels.push_back(i * 11 % 500), batch.positions.push_back(i < 30 ? i : i - 30);
   step::begin(*engine, states);
   engine->begin_step(price.step_places, batch, 0);
-  step::micro_step(*engine, model, o, states, true);
+  step::micro_step(*engine, model, o, states, {});
   std::vector<std::vector<float>> all;
   for (const step::UnitState& unit : states.units) {
     all.emplace_back(static_cast<size_t>(unit.gradient.columns));

@@ -20,7 +20,7 @@ step::Options resident(const models::Spec& spec, int64_t s, int64_t W = 1, int64
   o.s = s;
   o.mlp_tile = std::min<int64_t>(16384, s);
   o.loss_tile = std::min<int64_t>(8192, s);
-  o.keep.assign(static_cast<size_t>(spec.L), step::Keep::kInput);
+  o.keep.assign(static_cast<size_t>(spec.L), {});
   return o;
 }
 
@@ -28,7 +28,7 @@ Price price(const models::Spec& spec, const step::Options& o) {
   const step::Model model(spec);
   Priced priced({o.mesh.P, o.mesh.W}, o.s, 0);
   const step::States states = step::make_states(priced, model.units, o);
-  step::micro_step(priced, model, o, states, true);
+  step::micro_step(priced, model, o, states, {});
   return priced.price();
 }
 
@@ -38,14 +38,14 @@ TEST(PlaceTest, NoTwoBuffersThatAreAliveTogetherOverlap) {
     std::vector<Lifetime> lives;
     for (int i = 0; i < 200; ++i) {
       const int64_t birth = static_cast<int64_t>(random() % 1000);
-      lives.push_back({static_cast<int64_t>(random() % 100000) + 1, birth, random() % 10 == 0 ? -1 : birth + 1 + static_cast<int64_t>(random() % 50)});
+      lives.push_back({static_cast<ops::Tier>(random() % 3), static_cast<int64_t>(random() % 100000) + 1, birth, random() % 10 == 0 ? -1 : birth + 1 + static_cast<int64_t>(random() % 50)});
     }
     const Places places = place(lives);
     for (size_t a = 0; a < lives.size(); ++a) {
-      EXPECT_LE(places.offset_bytes[a] + lives[a].bytes, places.arena_bytes);
-      EXPECT_EQ(places.offset_bytes[a] % ops::kPlaceAlignment, 0);
+      EXPECT_LE(places.offset_bytes[a] + lives[a].bytes, places.of(lives[a].tier));
+      EXPECT_EQ(places.offset_bytes[a] % ops::place_alignment(lives[a].tier), 0);
       for (size_t b = 0; b < a; ++b) {
-        const bool together = (lives[a].death < 0 || lives[b].birth < lives[a].death) && (lives[b].death < 0 || lives[a].birth < lives[b].death);
+        const bool together = lives[a].tier == lives[b].tier && (lives[a].death < 0 || lives[b].birth < lives[a].death) && (lives[b].death < 0 || lives[a].birth < lives[b].death);
         const bool apart = places.offset_bytes[a] + lives[a].bytes <= places.offset_bytes[b] || places.offset_bytes[b] + lives[b].bytes <= places.offset_bytes[a];
         EXPECT_TRUE(!together || apart);
       }
@@ -68,18 +68,18 @@ TEST(PriceTest, KeepingEverythingRebuildsNothing) {
   const models::Spec m = llama_8b();
   step::Options o = resident(m, 4096);
   const Price rebuilt = price(m, o);
-  o.keep.assign(o.keep.size(), step::Keep::kGateUp);
+  o.keep.assign(o.keep.size(), {.level = step::Keep::kGateUp});
   const Price kept = price(m, o);
   const double D = 4096, F = 14336, S = 4096, L = 32;
   EXPECT_NEAR(rebuilt.gemm_flops - kept.gemm_flops, L * 2 * S * (D * 6144 + D * D + 2 * F * D), 1e-3 * kept.gemm_flops * 1e-3);
-  EXPECT_GT(kept.peak_bytes, rebuilt.peak_bytes);
+  EXPECT_GT(kept.of(ops::Tier::kDevice).peak_bytes, rebuilt.of(ops::Tier::kDevice).peak_bytes);
 }
 
 TEST(PriceTest, PlacesWasteLittle) {
   const models::Spec m = llama_8b();
   for (const int64_t W : {1, 8}) {
     const Price p = price(m, resident(m, 65536, W, W));
-    EXPECT_LT(static_cast<double>(p.step_places.arena_bytes), 1.03 * static_cast<double>(p.peak_bytes));
+    EXPECT_LT(static_cast<double>(p.step_places.of(ops::Tier::kDevice)), 1.03 * static_cast<double>(p.of(ops::Tier::kDevice).peak_bytes));
   }
 }
 
@@ -87,8 +87,8 @@ TEST(PriceTest, StatesAreSharded) {
   const models::Spec m = llama_8b();
   const Price one = price(m, resident(m, 1024)), eight = price(m, resident(m, 1024, 8, 8));
   const double parameters = static_cast<double>(models::num_parameters(m));
-  EXPECT_NEAR(static_cast<double>(one.run_bytes), 18 * parameters, 1e-3 * 18 * parameters);
-  EXPECT_NEAR(static_cast<double>(eight.run_bytes), 18 * parameters / 8, 1e-3 * 18 * parameters / 8);
+  EXPECT_NEAR(static_cast<double>(one.of(ops::Tier::kDevice).run_bytes), 18 * parameters, 1e-3 * 18 * parameters);
+  EXPECT_NEAR(static_cast<double>(eight.of(ops::Tier::kDevice).run_bytes), 18 * parameters / 8, 1e-3 * 18 * parameters / 8);
   EXPECT_EQ(one.gathered_bytes, 0);
   EXPECT_GT(eight.gathered_bytes, 0);
 }

@@ -5,7 +5,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "engine/disk_tier.h"
 #include "engine/engine.h"
+#include "engine/make.h"
+#include "engine/worker.h"
 #include "memory/arena.h"
 
 namespace uly::engine {
@@ -13,14 +16,16 @@ namespace uly::engine {
 class CpuEngine final : public Engine {
  public:
   // Groups outlive the engine.
-  using Engine::Engine;
+  CpuEngine(comm::Group& world, comm::Group& sequence, const CpuOptions& options);
+  ~CpuEngine() override;
 
   void read(void* host, const ops::Buffer& b) override;
   void write(const ops::Buffer& b, const void* host) override;
-  int64_t touched_step_bytes() const override { return step_arena_.touched_bytes(); }
+  int64_t touched_step_bytes() const override { return step_arenas_[0].touched_bytes(); }
 
   void zero(ops::Buffer y) override;
   void copy(ops::Buffer y, ops::Buffer x) override;
+  ops::Event move(ops::Buffer y, ops::Buffer x) override;
   void linear(ops::Buffer y, ops::Buffer x, ops::Buffer w) override;
   void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer w, ops::Buffer r) override;
   void linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer w) override;
@@ -49,14 +54,20 @@ class CpuEngine final : public Engine {
   void sum_pieces(ops::Buffer shard, ops::Buffer received, int64_t pieces) override;
   ops::Event all_reduce(ops::Buffer x, ops::Group group) override;
   void squared_norm(ops::Buffer total, ops::Buffer x) override;
-  void adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) override;
+  ops::Event adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) override;
 
  private:
-  std::byte* reserve(ops::Life life, int64_t bytes) override;
+  std::byte* reserve(ops::Life life, ops::Tier tier, int64_t bytes) override;
   void load_batch(const ops::Buffer& table) override;
   at::Tensor tensor(const ops::Buffer& b) const;
 
-  memory::Arena run_arena_, step_arena_;
+  // Done by a worker: asynchronous as on a GPU, so that what would go wrong there goes wrong here.
+  ops::Event started_by(Worker& worker, std::function<void()> task);
+
+  std::array<memory::Arena, 2> run_arenas_, step_arenas_;  // of device and host tier
+  memory::Arena ring_;
+  DiskTier run_disk_, step_disk_;
+  Worker to_host_, to_device_, disk_, host_;
 };
 
 }  // namespace uly::engine

@@ -16,9 +16,12 @@ void CpuEngine::squared_norm(ops::Buffer total, ops::Buffer x) {
   kernels::cpu::squared_norm_total(args);
 }
 
-void CpuEngine::adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) {
+ops::Event CpuEngine::adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) {
   const kernels::AdamwArgs args = adamw_args(weight, master, m, v, gradient, norm, loss, range);
-  at::parallel_for(0, range.count, 32768, [&](int64_t begin, int64_t end) { kernels::cpu::adamw(args, begin, end); });
+  const auto update = [args] { at::parallel_for(0, args.count, 32768, [&](int64_t begin, int64_t end) { kernels::cpu::adamw(args, begin, end); }); };
+  if (m.tier == ops::Tier::kHost) return started_by(host_, update);
+  update();
+  return {};
 }
 
 }  // namespace uly::engine
