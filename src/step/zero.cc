@@ -51,8 +51,10 @@ States make_states(ops::Ops& ops, const std::vector<models::Unit>& units, const 
 std::vector<ops::UpdateRange> update_ranges(const models::Unit& unit, const Mesh& mesh) {
   const int64_t n = shard_elements(unit, mesh.W), begin = mesh.rank * n, end = begin + n;
   std::vector<ops::UpdateRange> ranges;
-  for (const models::Tensor& tensor : unit.tensors) {
-    const int64_t first = std::max(tensor.offset, begin), last = std::min(tensor.offset + tensor.elements(), end);
+  for (size_t i = 0; i < unit.tensors.size(); ++i) {
+    // With the gap after it: there all is zero and stays so.
+    const models::Tensor& tensor = unit.tensors[i];
+    const int64_t first = std::max(tensor.offset, begin), last = i + 1 < unit.tensors.size() ? std::min(unit.tensors[i + 1].offset, end) : end;
     if (first >= last) continue;
     if (!ranges.empty() && ranges.back().decays == tensor.decays && ranges.back().first + ranges.back().count == first - begin) {
       ranges.back().count += last - first;
@@ -273,6 +275,11 @@ void Zero::settle(Piece& piece) {
   piece = {};
 }
 
+void Zero::settle_pieces() {
+  for (Piece& piece : settling_) settle(piece);
+  settling_.clear();
+}
+
 void Zero::finish_update(size_t u) {
   Updating g = std::move(*updating_[u]);
   updating_[u].emplace();
@@ -317,6 +324,7 @@ void Zero::finish_update(size_t u) {
     start_pieces(u, i + 3);
   }
   updating_[u].emplace();
+  if (s.weight.tier != Tier::kDevice) settle_pieces();  // it is fetched next
 }
 
 void Zero::update_all() {
@@ -332,8 +340,7 @@ void Zero::update_all() {
 
 void Zero::updates_done() {
   for (size_t u = 0; u < units_.size(); ++u) arrive(u);
-  for (Piece& piece : settling_) settle(piece);
-  settling_.clear();
+  settle_pieces();
 }
 
 }  // namespace uly::step

@@ -109,6 +109,7 @@ class Zero {
   void start_pieces(size_t u, size_t until);
   void finish_update(size_t u);
   void settle(Piece& piece);
+  void settle_pieces();
 
   ops::Ops& ops_;
   const std::vector<models::Unit>& units_;

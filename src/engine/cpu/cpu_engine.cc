@@ -56,8 +56,15 @@ void CpuEngine::load_batch(const ops::Buffer&) {
   write(input(ops::Input::kPositions_s), batch().positions.data());
 }
 
-void CpuEngine::read(void* host, const ops::Buffer& b) { std::memcpy(host, address(b), static_cast<size_t>(b.bytes())); }
-void CpuEngine::write(const ops::Buffer& b, const void* host) { std::memcpy(address(b), host, static_cast<size_t>(b.bytes())); }
+void CpuEngine::read(void* host, const ops::Buffer& b) {
+  if (b.tier == ops::Tier::kDisk) return disk_.run([&] { disk_of(b).read(place_bytes(b), static_cast<std::byte*>(host), b.bytes()); }).get();
+  std::memcpy(host, address(b), static_cast<size_t>(b.bytes()));
+}
+
+void CpuEngine::write(const ops::Buffer& b, const void* host) {
+  if (b.tier == ops::Tier::kDisk) return disk_.run([&] { disk_of(b).write(place_bytes(b), static_cast<const std::byte*>(host), b.bytes()); }).get();
+  std::memcpy(address(b), host, static_cast<size_t>(b.bytes()));
+}
 
 ops::Event CpuEngine::started_by(Worker& worker, std::function<void()> task) {
   return started([done = worker.run(std::move(task))] { done.get(); });
@@ -68,7 +75,7 @@ ops::Event CpuEngine::move(ops::Buffer y, ops::Buffer x) {
   if (y.tier == ops::Tier::kDisk || x.tier == ops::Tier::kDisk) {
     const bool write = y.tier == ops::Tier::kDisk;
     const ops::Buffer& there = write ? y : x;
-    DiskTier* disk = there.life == ops::Life::kRun ? &run_disk_ : &step_disk_;
+    DiskTier* disk = &disk_of(there);
     auto* here = static_cast<std::byte*>(address(write ? x : y));
     return started_by(disk_, [=, place = place_bytes(there)] {
       if (write) disk->write(place, here, bytes);

@@ -60,6 +60,7 @@ class CpuEngine final : public Engine {
   std::byte* reserve(ops::Life life, ops::Tier tier, int64_t bytes) override;
   void load_batch(const ops::Buffer& table) override;
   at::Tensor tensor(const ops::Buffer& b) const;
+  DiskTier& disk_of(const ops::Buffer& b) { return b.life == ops::Life::kRun ? run_disk_ : step_disk_; }
 
   // Done by a worker: asynchronous as on a GPU, so that what would go wrong there goes wrong here.
   ops::Event started_by(Worker& worker, std::function<void()> task);
