@@ -86,6 +86,8 @@ std::string help() {
       "  --num_gpus N          ranks on this machine, one a GPU (on the CPU: one a process); also --num_accelerators\n"
       "  --master_port PORT    where the ranks meet; without it, a free port\n"
       "  --profile FILE        train: write a Chrome trace of the last of the first three steps\n"
+      "  --gpus N --nodes N --gpu H100 --gpu-memory 80GiB --host-memory 1.9TiB --host-cores N\n"
+      "                        plan: for a machine that one does not have\n"
       "  --json                plan, prepare, doctor: for programs\n"
       "  --version, --help\n"
       "\nExamples\n"
@@ -119,6 +121,15 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   const CLI::Option* ranks = app.add_option("--num_gpus,--num_accelerators,--num-gpus", num_ranks, "ranks on this machine");
   app.add_option("--master_port,--master-port", options.master_port, "port at which the ranks meet")->check(CLI::Range(1, 65535));
   app.add_flag("--json", options.json, "for programs");
+  if (std::string_view(verb.name) == "plan") {
+    WhatIf& what = options.what_if;
+    app.add_option("--gpus", num_ranks, "ranks, one a GPU")->each([&](const std::string&) { what.given = true; });
+    app.add_option("--nodes", what.nodes, "machines over which they are spread");
+    app.add_option("--gpu", what.gpu, "A100, H100, H200, B200");
+    app.add_option("--gpu-memory", what.gpu_memory, "of each");
+    app.add_option("--host-memory", what.host_memory, "of each machine");
+    app.add_option("--host-cores", what.host_cores, "of each machine");
+  }
   app.add_option("--profile", options.profile_path, "write a Chrome trace of the last of the first three steps");
   app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests
   app.add_option("--local_rank,--local-rank", ignored, "")->group("");  // other launchers pass it; LOCAL_RANK says it
@@ -139,7 +150,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   }
   for (size_t i = 0; i < refused.size(); ++i)
     if (refused[i]->count() > 0) refuse(kRefused[i]);
-  if (ranks->count() > 0) options.num_ranks = num_ranks;
+  if (ranks->count() > 0 || options.what_if.given) options.num_ranks = num_ranks;
   if (!verb.takes_recipe) {
     ULY_USER_CHECK(words.empty(), "ulysses {}: expected no more arguments, found '{}'", verb.name, words.empty() ? "" : words[0]);
     return std::nullopt;

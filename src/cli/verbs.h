@@ -10,6 +10,15 @@ namespace uly::cli {
 
 inline constexpr const char* kVersion = "0.1.0";
 
+// A machine that one does not have, for `plan`.
+struct WhatIf {
+  bool given = false;      // --gpus
+  int64_t nodes = 1;
+  std::string gpu, gpu_memory, host_memory;
+  int64_t host_cores = 0;
+  bool any() const { return given || nodes != 1 || !gpu.empty() || !gpu_memory.empty() || !host_memory.empty() || host_cores > 0; }
+};
+
 // The command line after the verb.
 struct Options {
   std::string recipe;
@@ -17,6 +26,7 @@ struct Options {
   std::optional<std::string> device;   // cpu | cuda
   std::optional<int64_t> num_ranks;    // --num_gpus: ranks on this machine
   bool json = false;
+  WhatIf what_if;
   int master_port = 0;       // 0: a free one
   std::string dump_folder;   // passed on to the engine
   std::string profile_path;  // passed on to the engine

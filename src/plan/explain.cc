@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <map>
+#include <optional>
 
 #include "base/shapes.h"
 #include "base/units.h"
@@ -26,6 +28,8 @@ class Writer {
   void sequence(const std::optional<DataFacts>& facts, const data::Selection& selection);
   void heads();
   void tiles();
+  void kept();
+  void time();
   void memory(const Machine& machine);
   void attention();
   void batch();
@@ -34,6 +38,7 @@ class Writer {
   void notes();
 
  private:
+  std::string where(const std::function<std::optional<ops::Tier>(const step::LayerKeep&)>& tier_of) const;
   Json& facts() { return plan_.facts; }
 
   Plan& plan_;
@@ -90,12 +95,53 @@ void Writer::heads() {
 void Writer::tiles() {
   const step::Options& o = plan_.options;
   line("tiles", "MLP {} x {} tokens, logits and loss {} x {}; logits are never whole", ceil_div(o.s, o.mlp_tile), format_count(o.mlp_tile), ceil_div(o.s, o.loss_tile), format_count(o.loss_tile));
-  const auto count = [&](step::Keep k) { return std::count_if(o.keep.begin(), o.keep.end(), [&](const step::LayerKeep& l) { return l.level == k; }); };
-  const int64_t everything = count(step::Keep::kEverything), all = count(step::Keep::kGateUp) + everything, projections = count(step::Keep::kProjections), input = count(step::Keep::kInput);
-  line("kept", "layer input, attention output and log-sum-exp in {} layers; q, k, v too in {}; gate and up too in {}{}; attention is never computed twice", spec_.L, projections + all, all,
-       everything > 0 ? fmt::format("; all else too in {}, where nothing is computed twice", everything) : "");
   facts()["tiles"] = {{"mlp_tokens", o.mlp_tile}, {"loss_tokens", o.loss_tile}};
-  facts()["kept_layers"] = {{"input", input}, {"projections", projections}, {"all", all}, {"everything", everything}};
+  kept();
+}
+
+// "in 28 layers (12 on the device, 16 on the host)"; without the tiers where all are on the device.
+std::string Writer::where(const std::function<std::optional<ops::Tier>(const step::LayerKeep&)>& tier_of) const {
+  std::array<int64_t, ops::kNumTiers> count{};
+  int64_t total = 0;
+  for (const step::LayerKeep& k : plan_.options.keep)
+    if (const auto tier = tier_of(k)) ++count[static_cast<size_t>(*tier)], ++total;
+  if (count[0] == total) return fmt::format("{} layer{}", total, total == 1 ? "" : "s");
+  std::string text;
+  for (size_t t = 0; t < count.size(); ++t)
+    if (count[t] > 0) text += fmt::format("{}{} on the {}", text.empty() ? "" : ", ", count[t], ops::name_of(static_cast<ops::Tier>(t)));
+  return fmt::format("{} layer{} ({})", total, total == 1 ? "" : "s", text);
+}
+
+// What waits for backward, and where.
+void Writer::kept() {
+  const step::Options& o = plan_.options;
+  using step::Keep;
+  using Tier = std::optional<ops::Tier>;
+  const auto level = [](Keep least, ops::Tier step::LayerKeep::*tier) { return [=](const step::LayerKeep& k) { return k.level >= least ? Tier(k.*tier) : Tier(); }; };
+  const auto input = [](const step::LayerKeep& k) { return k.input ? Tier(k.input_tier) : Tier(); };
+  const auto output = [](const step::LayerKeep& k) { return k.output ? Tier(k.output_tier) : Tier(); };
+  const auto count = [&](const std::function<bool(const step::LayerKeep&)>& of) { return std::count_if(o.keep.begin(), o.keep.end(), of); };
+  const int64_t inputs = count([](const auto& k) { return k.input; }), outputs = count([](const auto& k) { return k.output; });
+  const int64_t projections = count([](const auto& k) { return k.level >= Keep::kProjections; }), gate_up = count([](const auto& k) { return k.level >= Keep::kGateUp; });
+  const int64_t everything = count([](const auto& k) { return k.level == Keep::kEverything; });
+  if (inputs == spec_.L && outputs == spec_.L) {
+    line("kept", "layer input, attention output and log-sum-exp in {}; q, k, v too in {}; gate and up too in {}{}; attention is never computed twice", where(input), projections == 0 ? "0" : where(level(Keep::kProjections, &step::LayerKeep::projections_tier)),
+         gate_up == 0 ? "0" : where(level(Keep::kGateUp, &step::LayerKeep::gate_up_tier)), everything > 0 ? fmt::format("; all else too in {}, where nothing is computed twice", everything) : "");
+  } else {
+    line("kept", "layer input in {}, the others are rebuilt by GEMMs from the nearest before, {} at a time", where(input), o.rebuilt_inputs);
+    if (outputs == spec_.L) line("", "attention output and log-sum-exp in {}; attention is never computed twice", where(output));
+    else line("", "attention output and log-sum-exp in {}: attention of {} layers is computed twice, nothing else fits", outputs == 0 ? "none" : where(output), spec_.L - outputs);
+  }
+  facts()["kept_layers"] = {{"input", spec_.L - projections}, {"projections", projections - gate_up}, {"all", gate_up - everything}, {"everything", everything}, {"inputs_kept", inputs}, {"outputs_kept", outputs}, {"rebuilt_inputs", o.rebuilt_inputs}};
+  Json tiers = Json::array();
+  for (const step::LayerKeep& k : o.keep)
+    tiers.push_back({{"level", static_cast<int>(k.level)}, {"input", k.input ? ops::name_of(k.input_tier) : "rebuilt"}, {"output", k.output ? ops::name_of(k.output_tier) : "rebuilt"}, {"projections", ops::name_of(k.projections_tier)}, {"gate_up", ops::name_of(k.gate_up_tier)}});
+  facts()["layers"] = tiers;
+  if (!o.tiers.empty()) {
+    const int64_t resident = std::count(o.tiers.begin(), o.tiers.end(), step::UnitTiers{});
+    line("states", "{}{}; updates run under the next step's forward, and are made before saving and at the end", plan_.states_words, resident > 0 ? fmt::format("; those of the first {} of {} units stay on the device", resident, o.tiers.size()) : "");
+  }
+  facts()["states"] = plan_.states_words;
 }
 
 void Writer::attention() {
@@ -126,6 +172,11 @@ void Writer::memory(const Machine& machine) {
        format_bytes(price.step_places.of(ops::Tier::kDevice)), p.peak_where, besides);
   if (!machine.gpu_words.empty()) line("", "of {}: {} free", machine.gpu_words, format_bytes(machine.gpu_free_bytes));
   if (!machine.gpu_foreign_words.empty()) line("", "{}", machine.gpu_foreign_words);
+  for (const ops::Tier tier : {ops::Tier::kHost, ops::Tier::kDisk})
+    if (price.total_bytes(tier) > 0)
+      line("", "{} {}: {} between steps + {} within one, of {}", format_bytes(price.total_bytes(tier)), tier == ops::Tier::kHost ? "of host memory" : "on the disk", format_bytes(price.of(tier).run_bytes), format_bytes(price.step_places.of(tier)),
+           format_bytes(plan_.room.of(tier)));
+  facts()["host_bytes"] = price.total_bytes(ops::Tier::kHost), facts()["disk_bytes"] = price.total_bytes(ops::Tier::kDisk);
   for (int k = 0; k < ops::kNumKinds; ++k) {
     const size_t i = static_cast<size_t>(k);
     const int64_t bytes = p.run_by_kind[i] + p.peak_by_kind[i];
@@ -133,10 +184,26 @@ void Writer::memory(const Machine& machine) {
     kinds[name] = bytes;
     if (bytes > 0) line("", "  {:<20} {:>12}", name, format_bytes(bytes));
   }
-  facts()["bytes"] = {{"between_steps", p.run_bytes}, {"within_step", price.step_places.of(ops::Tier::kDevice)}, {"libraries", plan_.besides_bytes}, {"alive_at_peak", p.peak_bytes}, {"peak_where", p.peak_where}, {"by_kind", kinds}, {"total", total}, {"budget", plan_.budget_bytes}};
+  facts()["bytes"] = {{"between_steps", p.run_bytes}, {"within_step", price.step_places.of(ops::Tier::kDevice)}, {"libraries", plan_.besides_bytes}, {"alive_at_peak", p.peak_bytes}, {"peak_where", p.peak_where}, {"by_kind", kinds}, {"total", total}, {"budget", plan_.room.device_bytes}};
   facts()["arithmetic"] = {{"gemm_flops", price.gemm_flops}, {"attention_flops", price.attention_flops}, {"exchanged_bytes", price.exchanged_bytes}, {"gathered_bytes", price.gathered_bytes}, {"scattered_bytes", price.scattered_bytes}};
   facts()["fits"] = plan_.fits;
   if (!plan_.fits) line("", "will not fit: {}", plan_.why_not);
+}
+
+// What a step takes, by stream.
+void Writer::time() {
+  const Price& p = plan_.price;
+  if (plan_.seconds == 0) return;
+  constexpr std::array<const char*, kNumStreams> kNames = {"compute", "to the host", "to the device", "disk", "updates on the host", "between ranks"};
+  std::string streams;
+  Json busy = Json::object();
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    busy[kNames[i]] = {{"busy", p.busy[i]}, {"waited_for", p.waited[i]}};
+    if (p.busy[i] > 0) streams += fmt::format("{}{} {:.2f} s", streams.empty() ? "" : ", ", kNames[i], p.busy[i]) + (p.waited[i] > 5e-3 ? fmt::format(" ({:.2f} waited for)", p.waited[i]) : "");
+  }
+  const double tokens = static_cast<double>(plan_.planned_length) / static_cast<double>(plan_.mesh.P);
+  line("time", "{:.2f} s a micro-batch of {} tokens, {:.0f} tokens/s for each rank: {}", p.seconds, format_count(plan_.planned_length), tokens / p.seconds, streams);
+  facts()["time"] = {{"seconds", p.seconds}, {"tokens_per_second", tokens / p.seconds}, {"streams", busy}};
 }
 
 void Writer::batch() {
@@ -166,17 +233,25 @@ void Writer::optimizer() {
 
 // What became of the wishes about memory.
 void Writer::offload(const Machine& machine) {
-  const std::string on_cpu = "on the CPU everything is in host memory already";
-  const std::string later = "moving it off the GPU is not available yet";
-  const auto wish = [&](bool asked, const char* key) {
+  const step::Options& o = plan_.options;
+  const auto wish = [&](bool asked, const char* key, const std::string& text) {
     if (!asked) return;
-    const std::string& text = machine.cuda ? later : on_cpu;
     line("", "{} ({}): {}", key, r_.where(key), text);
     facts()["notes"].push_back({{"key", key}, {"where", r_.where(key)}, {"text", text}});
   };
-  wish(r_.activation_checkpoint_cpu_offload, "activation_checkpoint_cpu_offload");
-  wish(r_.deepspeed.offload_optimizer, "deepspeed.zero_optimization.offload_optimizer");
-  wish(r_.deepspeed.offload_param, "deepspeed.zero_optimization.offload_param");
+  const std::string room = "there is room on the device, where it is faster";
+  const bool inputs = std::any_of(o.keep.begin(), o.keep.end(), [](const step::LayerKeep& k) { return k.input_tier != ops::Tier::kDevice || k.output_tier != ops::Tier::kDevice; });
+  const bool optimizer = std::any_of(o.tiers.begin(), o.tiers.end(), [](const step::UnitTiers& t) { return t.optimizer != ops::Tier::kDevice; });
+  const bool weights = std::any_of(o.tiers.begin(), o.tiers.end(), [](const step::UnitTiers& t) { return t.weight != ops::Tier::kDevice; });
+  const auto became = [&](bool gone) -> std::string {
+    if (!machine.cuda && !gone) return "on the CPU everything is in host memory already";
+    return gone ? "done as far as it makes room or time (see kept and states)" : "not needed: " + room;
+  };
+  wish(r_.activation_checkpoint_cpu_offload, "activation_checkpoint_cpu_offload", became(inputs));
+  wish(r_.deepspeed.offload_optimizer, "deepspeed.zero_optimization.offload_optimizer", became(optimizer));
+  wish(r_.deepspeed.offload_param, "deepspeed.zero_optimization.offload_param", became(weights));
+  wish(r_.tiled_mlp_compute, "tiled_mlp_compute", fmt::format("the MLP is always tiled where that saves memory: {} x {} tokens", ceil_div(o.s, o.mlp_tile), format_count(o.mlp_tile)));
+  wish(r_.model.disable_activation_checkpoint, "model.disable_activation_checkpoint", "the plan keeps what fits; what does not fit is rebuilt (see kept)");
 }
 
 void Writer::notes() {
@@ -207,6 +282,7 @@ void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, cons
   w.tiles();
   w.attention();
   w.memory(machine);
+  w.time();
   w.batch();
   w.optimizer();
   w.notes();

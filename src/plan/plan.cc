@@ -3,8 +3,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <array>
-#include <set>
+#include <filesystem>
 
 #include "base/check.h"
 #include "base/shapes.h"
@@ -94,96 +93,61 @@ int64_t longest_micro_batch(const recipe::Recipe& r, int64_t R, int64_t max_leng
   return tokens;
 }
 
-// Reads all programs of a step of one micro-batch.
-Priced read_step(const step::Model& model, const step::Options& options, const step::Phase& phase, const Rates& rates = {}) {
-  Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()), rates);
-  const step::States states = step::make_states(priced, model.units, options);
-  step::begin(priced, states);
-  step::micro_step(priced, model, options, states, phase);
-  step::finish_gradients(priced, options, states);
-  if (options.optimizer && !options.defers_updates()) step::update(priced, model, options, states);
-  return priced;
-}
-
-Priced read_step(const step::Model& model, const step::Options& options) { return read_step(model, options, {.update = options.optimizer && options.defers_updates()}); }
-
-// Options of the ranks of a sequence to which a step may cost different amounts: others have as many heads, in groups that
-// begin alike.
-std::vector<step::Options> unlike_ranks(const models::Spec& spec, const step::Options& options) {
-  std::set<std::array<int64_t, 3>> seen;
-  std::vector<step::Options> unlike;
-  for (int64_t p = 0; p < options.mesh.P; ++p) {
-    const ops::Heads h = step::heads_of_rank(spec, options.exchange_ranks(), options.exchange ? p : 0);
-    if (!seen.insert({h.n, h.k, h.first_head % h.G}).second) continue;
-    unlike.push_back(options);
-    unlike.back().mesh.rank = p;
-  }
-  return unlike;
-}
-
 // Prices the step on the rank to which it costs most.
-void price_costliest(const step::Model& model, Plan& plan) {
+void price_costliest(const step::Model& model, Plan& plan, const Rates& rates) {
   plan.price = {};
   for (const step::Options& o : unlike_ranks(model.spec, plan.options)) {
-    Price price = price_step(model, o);
+    Price price = read_step(model, o, rates).price();
     if (price.total_bytes() > plan.price.total_bytes()) plan.price = std::move(price);
   }
 }
 
-// The largest n <= most for which fits(n) holds, as it does for all below; 0 if for none.
-template <typename Fits>
-int64_t largest(int64_t most, Fits&& fits) {
-  int64_t low = 0, high = most;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (fits(middle)) low = middle;
-    else high = middle - 1;
+// What the process itself has of the host's memory beside its arenas: torch, CUDA's and cuDNN's own, the data's pages.
+constexpr int64_t kHostProcessBytes = int64_t{4} << 30;
+
+// Nine tenths of what the fullest of the folders has free, times their number: they are used in turn.
+int64_t free_on_disk(const recipe::Recipe& r) {
+  int64_t least = INT64_MAX;
+  for (const std::string& folder : r.memory_disk_folders) {
+    std::error_code error;
+    const auto space = std::filesystem::space(folder, error);
+    ULY_USER_CHECK(!error, "memory.disk ({}): {}: {}", r.where("memory.disk"), folder, error.message());
+    least = std::min(least, static_cast<int64_t>(space.available));
   }
-  return low;
+  return least / 10 * 9 * static_cast<int64_t>(r.memory_disk_folders.size());
 }
 
-// Keeps as much as fits: everything in as many layers as possible, then projections, then inputs only.
-//
-// On the CPU up to four fifths of the budget, by what is alive at once: the machine's other work and ATen need the rest. On
-// a GPU all but a hundredth, by where the buffers lie: there nobody else comes, and what is not kept costs time.
-void choose_kept(const step::Model& model, Plan& plan, bool cuda) {
-  const size_t L = static_cast<size_t>(model.spec.L);
-  const double limit = (cuda ? 0.99 : 0.8) * static_cast<double>(plan.budget_bytes);
-  // Layers that keep at least this much; every level holds what the one before does.
-  constexpr std::array kLevels{step::Keep::kProjections, step::Keep::kGateUp, step::Keep::kEverything};
-  const size_t num_levels = cuda ? 3 : 2;  // on the CPU memory is worth more than a norm
-  using Counts = std::array<size_t, kLevels.size()>;
-  const auto keep = [&](const Counts& layers) {
-    plan.options.keep.assign(L, {});
-    for (size_t level = 0; level < num_levels; ++level)
-      for (size_t l = 0; l < layers[level]; ++l) plan.options.keep[l].level = kLevels[level];
-  };
-  const auto fits = [&](const Counts& layers) {
-    keep(layers);
-    const auto fits_one = [&](const step::Options& o) {
-      const Priced priced = read_step(model, o);
-      const double alive = static_cast<double>(priced.so_far().of(ops::Tier::kDevice).alive() + plan.besides_bytes);
-      if (alive > limit || !cuda) return alive <= limit;
-      return static_cast<double>(priced.price().total_bytes() + plan.besides_bytes) <= limit;
-    };
-    const std::vector<step::Options> unlike = unlike_ranks(model.spec, plan.options);
-    return std::all_of(unlike.begin(), unlike.end(), fits_one);
-  };
-  Counts layers{};
-  const Counts all{L, L, L};
-  if (plan.budget_bytes > 0 && fits(all)) {
-    layers = all;
-  } else if (plan.budget_bytes > 0 && fits({})) {
-    for (size_t level = 0; level < num_levels && (level == 0 || layers[level - 1] == L); ++level)
-      layers[level] = static_cast<size_t>(largest(static_cast<int64_t>(L), [&](int64_t n) {
-        Counts tried = layers;
-        tried[level] = static_cast<size_t>(n);
-        return fits(tried);
-      }));
+// What one rank may use. On the CPU all is host memory: a tier of its own only where the recipe says so.
+Room room(const recipe::Recipe& r, const Machine& machine, int64_t world, int64_t device_bytes) {
+  Room room{.device_bytes = device_bytes};
+  const int64_t ranks = machine.cuda ? std::max<int64_t>(1, std::min(world, machine.gpus * machine.gpu_ranks)) : world;  // on this machine
+  if (r.memory_host_bytes > 0) room.host_bytes = r.memory_host_bytes / ranks;
+  else if (machine.cuda && machine.memory_bytes > 0) room.host_bytes = std::max<int64_t>(0, machine.memory_bytes / 100 * 96 / ranks - kHostProcessBytes);
+  if (!r.memory_disk_folders.empty()) room.disk_bytes = (r.memory_disk_bytes > 0 ? r.memory_disk_bytes : free_on_disk(r)) / ranks;
+  return room;
+}
+
+Question question(const Plan& plan, const recipe::Recipe& r, const Machine& machine) {
+  return {.room = plan.room, .rates = machine.cuda ? preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, plan.mesh.W)) : Rates{}, .besides_bytes = plan.besides_bytes, .cuda = machine.cuda, .micro_batches = r.gradient_accumulation_steps};
+}
+
+// Chooses what is kept where, and prices it with its places.
+void choose_kept(const step::Model& model, Plan& plan, const recipe::Recipe& r, const Machine& machine) {
+  Question q = question(plan, r, machine);
+  // Places leave gaps: where these make it too much, the search is told of less room.
+  for (int attempt = 0;; ++attempt) {
+    Choice choice = choose_places(model, plan.options, q);
+    plan.considered = choice.considered;
+    plan.options.keep = choice.best.options.keep, plan.options.tiers = choice.best.options.tiers, plan.options.rebuilt_inputs = choice.best.options.rebuilt_inputs;
+    plan.seconds = choice.best.seconds;
+    plan.states_words = choice.best.words;
+    price_costliest(model, plan, q.rates);
+    if (q.room.device_bytes == 0) return;
+    const int64_t over = total_bytes(plan) - plan.room.device_bytes, host_over = plan.price.total_bytes(ops::Tier::kHost) - plan.room.host_bytes, disk_over = plan.price.total_bytes(ops::Tier::kDisk) - plan.room.disk_bytes;
+    plan.fits = choice.best.fits && over <= 0 && host_over <= 0 && disk_over <= 0;
+    if (plan.fits || !choice.best.fits || attempt == 3) return;
+    q.room.device_bytes -= std::max<int64_t>(0, over), q.room.host_bytes -= std::max<int64_t>(0, host_over), q.room.disk_bytes -= std::max<int64_t>(0, disk_over);
   }
-  keep(layers);
-  price_costliest(model, plan);
-  plan.fits = plan.budget_bytes == 0 || total_bytes(plan) <= plan.budget_bytes;
 }
 
 // All but what is kept.
@@ -204,15 +168,30 @@ void choose_options(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
     if (const ops::Heads h = step::heads_of_rank(spec, o.exchange_ranks(), p); h.n > most.n) most = h;
   o.attention = attention_schedule(r, machine, most, o.S());
 
-  plan.budget_bytes = budget(r, machine, world);
+  plan.room = room(r, machine, world, budget(r, machine, world));
   if (machine.cuda) plan.besides_bytes = kLibraryBytes + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(widest_summed_columns(spec)) + ops::attention_besides_bytes(o.attention, most, o.S());
+}
+
+// What is short and by how much, what of it is largest, and what to do.
+std::string why_not(const Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
+  const Price& p = plan.price;
+  const int64_t longest = longest_that_fits(r, spec, machine, world, plan.room.device_bytes);
+  std::string advice = longest > 0 ? fmt::format("the longest that fits is data.max_length={}; or use more ranks", longest) : "not even 256 tokens fit: use more ranks or a smaller model";
+  if (machine.cuda && plan.room.disk_bytes == 0) advice += ", or give room on a disk with memory.disk";
+  const int64_t host = p.total_bytes(ops::Tier::kHost), disk = p.total_bytes(ops::Tier::kDisk);
+  if (total_bytes(plan) <= plan.room.device_bytes && host > plan.room.host_bytes)
+    return fmt::format("host memory: needs {} for each rank, {} free: {} are optimizer states; {}", format_bytes(host), format_bytes(plan.room.host_bytes), format_bytes(p.of(ops::Tier::kHost).run_by_kind[static_cast<size_t>(ops::Kind::kOptimizer)]), advice);
+  if (total_bytes(plan) <= plan.room.device_bytes && disk > plan.room.disk_bytes) return fmt::format("disk: needs {} for each rank, has {}; {}", format_bytes(disk), format_bytes(plan.room.disk_bytes), advice);
+  return fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; {}", format_bytes(total_bytes(plan)), format_bytes(plan.room.device_bytes), format_bytes(p.of(ops::Tier::kDevice).run_bytes),
+                     format_bytes(p.step_places.of(ops::Tier::kDevice)), advice);
 }
 
 std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Plan& plan) {
   std::string text = r.normalized.dump() + spec.config.dump() + fmt::format("|{}|{}|{}|{}|{}", plan.mesh.W, plan.planned_length, plan.options.mlp_tile, plan.options.loss_tile, plan.num_samples);
   const ops::AttentionSchedule& a = plan.options.attention;
   text += fmt::format("|{}|{}|{}|{}", static_cast<int>(a.backend), a.kv_heads_at_once, a.backward_queries, a.backward_keys);
-  for (const step::LayerKeep& k : plan.options.keep) text += static_cast<char>('0' + static_cast<int>(k.level));
+  for (const step::LayerKeep& k : plan.options.keep) text += fmt::format("{}{}{}{}{}{}{},", static_cast<int>(k.level), k.input, k.output, static_cast<int>(k.input_tier), static_cast<int>(k.output_tier), static_cast<int>(k.projections_tier), static_cast<int>(k.gate_up_tier));
+  for (const step::UnitTiers& t : plan.options.tiers) text += fmt::format("{}{}{}{},", static_cast<int>(t.weight), static_cast<int>(t.optimizer), static_cast<int>(t.gradient), t.update_on_host);
   const XXH128_hash_t h = XXH3_128bits(text.data(), text.size());
   return fmt::format("{:016x}{:016x}", h.high64, h.low64);
 }
@@ -221,7 +200,11 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
 
 Price price_step(const step::Model& model, const step::Options& options) { return read_step(model, options).price(); }
 
-Price price_micro_step(const step::Model& model, const step::Options& options, const step::Phase& phase) { return read_step(model, options, phase).price(); }
+Price price_micro_step(const step::Model& model, const step::Options& options, const step::Phase& phase) {
+  Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()));
+  step::micro_step(priced, model, options, step::make_states(priced, model.units, options), phase);
+  return priced.price();
+}
 
 Price price_update(const step::Model& model, const step::Options& options) {
   Priced priced({options.mesh.P, options.mesh.W}, 0, 0);
@@ -256,23 +239,21 @@ Steps count_steps(const recipe::Recipe& r, int64_t R, int64_t num_samples) {
 
 void choose(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
   choose_options(plan, r, spec, machine, world);
-  choose_kept(step::Model(spec), plan, machine.cuda);
+  choose_kept(step::Model(spec), plan, r, machine);
 }
 
 int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes) {
   recipe::Recipe shorter = r;
   constexpr int64_t kStep = 256;  // tokens
   const step::Model model(spec);
-  // With the least kept, by what is alive at once: buffers lie almost without gaps.
   const auto fits = [&](int64_t steps) {
     shorter.data.max_length = steps * kStep;
     Plan plan;
     plan.mesh = make_mesh(shorter, spec, world);
     plan.planned_length = padded_length(shorter, shorter.data.max_length, plan.mesh.P, shorter.micro_batch_size * shorter.data.max_length);
     choose_options(plan, shorter, spec, machine, world);
-    plan.options.keep.assign(static_cast<size_t>(spec.L), {});
-    const std::vector<step::Options> unlike = unlike_ranks(spec, plan.options);
-    return std::all_of(unlike.begin(), unlike.end(), [&](const step::Options& o) { return read_step(model, o).so_far().of(ops::Tier::kDevice).alive() + plan.besides_bytes <= budget_bytes / 200 * 199; });
+    plan.room.device_bytes = budget_bytes / 200 * 199;  // the rest: gaps between buffers
+    return can_fit(model, plan.options, question(plan, shorter, machine));
   };
   return largest((r.data.max_length > 0 ? r.data.max_length : spec.max_positions) / kStep, fits) * kStep;
 }
@@ -306,12 +287,7 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
 
   plan.planned_length = padded_length(r, plan.max_length, plan.mesh.P, longest_micro_batch(r, plan.mesh.R(), plan.max_length, file ? &*file : nullptr, selection));
   choose(plan, r, spec, machine, world);
-  if (!plan.fits) {
-    const int64_t longest = longest_that_fits(r, spec, machine, world, plan.budget_bytes);
-    plan.why_not = fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; {}", format_bytes(total_bytes(plan)), format_bytes(plan.budget_bytes), format_bytes(plan.price.of(ops::Tier::kDevice).run_bytes),
-                               format_bytes(plan.price.step_places.of(ops::Tier::kDevice)),
-                               longest > 0 ? fmt::format("the longest that fits is data.max_length={}; or use more ranks", longest) : "not even 256 tokens fit: use more ranks or a smaller model");
-  }
+  if (!plan.fits) plan.why_not = why_not(plan, r, spec, machine, world);
   plan.hash = hash_of(r, spec, plan);
   explain(plan, r, spec, machine, facts, selection);
   return plan;

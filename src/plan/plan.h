@@ -10,6 +10,7 @@
 
 #include "base/json.h"
 #include "models/spec.h"
+#include "plan/choose.h"
 #include "plan/price.h"
 #include "recipe/recipe.h"
 #include "step/decoder.h"
@@ -61,7 +62,10 @@ struct Plan {
   step::Options options;      // for planned_length
   Price price;                // of the costliest rank
   int64_t besides_bytes = 0;  // on a GPU: libraries and their workspace, beside what the program has
-  int64_t budget_bytes = 0;   // for one rank; 0 where the machine is not known
+  Room room;                  // for one rank; of the device 0 where the machine is not known
+  double seconds = 0;         // of a step of one micro-batch; 0 where no rates are known
+  std::string states_words;   // where states lie
+  std::vector<Candidate> considered;
   bool fits = true;
   std::string why_not;        // a sentence, where it does not fit
   int64_t num_samples = -1;   // after filtering; -1 before the data is prepared

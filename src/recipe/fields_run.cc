@@ -10,14 +10,38 @@ using enum Decision;
 
 const char* const kMoe = "mixture-of-experts models are not part of this engine; remove the key";
 
+// "a, b" -> a and b.
+std::vector<std::string> parts(const std::string& text) {
+  std::vector<std::string> out;
+  for (size_t from = 0; from <= text.size();) {
+    const size_t comma = std::min(text.find(',', from), text.size()), first = text.find_first_not_of(' ', from), last = text.find_last_not_of(' ', comma == 0 ? 0 : comma - 1);
+    if (first < comma && last != std::string::npos && last >= first) out.push_back(text.substr(first, last - first + 1));
+    from = comma + 1;
+  }
+  return out;
+}
+
 Section memory_section() {
   return {
       .title = "memory",
       .doc = "Room that the plan may use.",
       .fields = {{.name = "device",
+                  .alias = "gpu",
                   .kind = kBytes,
                   .doc = "Bytes on each device, such as `80GiB`; by default what the machine has.",
                   .set = [](Recipe& r, const Json& v) { r.memory_device_bytes = v.is_null() ? 0 : bytes_from(v.get<std::string>()).value_or(0); }},
+                 {.name = "host",
+                  .kind = kBytes,
+                  .doc = "Bytes of host memory that all ranks of a machine may use together for what does not fit on the devices; by default, on a GPU, what is free. On the CPU none: there everything is in host memory.",
+                  .set = [](Recipe& r, const Json& v) { r.memory_host_bytes = v.is_null() ? 0 : bytes_from(v.get<std::string>()).value_or(0); }},
+                 {.name = "disk",
+                  .kind = kText,
+                  .doc = "Folders for scratch files, with commas between them, best each on a disk of its own; used in turn. None: no disk is used.",
+                  .set = [](Recipe& r, const Json& v) { r.memory_disk_folders = v.is_null() ? std::vector<std::string>{} : parts(v.get<std::string>()); }},
+                 {.name = "disk_size",
+                  .kind = kBytes,
+                  .doc = "Bytes that all ranks of a machine may use there together; by default nine tenths of what is free.",
+                  .set = [](Recipe& r, const Json& v) { r.memory_disk_bytes = v.is_null() ? 0 : bytes_from(v.get<std::string>()).value_or(0); }},
                  {.name = "tile",
                   .kind = kBytes,
                   .doc = "Bytes of one tile of the MLP or of the logits; by default `2GiB` on a GPU, `64MiB` on the CPU.",

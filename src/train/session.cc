@@ -52,8 +52,8 @@ Session::Session(const Job& job, comm::World& world)
   machine_ = plan::this_machine(job.cuda, 0);
   if (job.cuda) look_at_gpu(machine_, local_rank, place ? place->local_world_size : 1);
   // Every rank plans with the least that any has; nobody's GPU is in use before all have looked.
-  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks});
-  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4];
+  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus});
+  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6];
   plan_ = plan::make(recipe_, spec, machine_, world_.size(), plan::DataFacts{.tokens_path = job.tokens_path});
   if (!plan_.fits) throw WillNotFit(plan_.why_not);
   agree();
@@ -70,7 +70,14 @@ Session::Session(const Job& job, comm::World& world)
   const step::Options options = plan::options_for(plan_, mesh_.rank, plan_.planned_length);
   const plan::Price price = plan::price_step(*model_, options);
   engine_->begin_run(price.run_places);
-  engine_->reserve_step(price.step_places);
+  ops::Places largest;
+  const auto enlarge = [&](const ops::Places& places) {
+    for (size_t t = 0; t < largest.arena_bytes.size(); ++t) largest.arena_bytes[t] = std::max(largest.arena_bytes[t], places.arena_bytes[t]);
+  };
+  enlarge(price.step_places);
+  enlarge(program_for(plan_.planned_length, false).places);
+  if (options.defers_updates()) enlarge(program_for(plan_.planned_length, true).places), enlarge(update_program().places);
+  engine_->reserve_step(largest);
   states_ = step::make_states(*engine_, model_->units, options);
   load_weights();
 }
@@ -173,15 +180,20 @@ void Session::update(double learning_rate, int64_t step) {
 
 void Session::flush() {
   if (!update_pending_) return;
+  const Program& program = update_program();
+  engine_->begin_step(program.places, {}, 0);
+  step::update(*engine_, *model_, program.options, states_);
+  update_pending_ = false;
+}
+
+const Session::Program& Session::update_program() {
   if (!update_program_) {
     update_program_.emplace();
     update_program_->options = plan_.options;
     update_program_->options.mesh = mesh_;
     update_program_->places = plan::price_update(*model_, update_program_->options).step_places;
   }
-  engine_->begin_step(update_program_->places, {}, 0);
-  step::update(*engine_, *model_, update_program_->options, states_);
-  update_pending_ = false;
+  return *update_program_;
 }
 
 std::string Session::where_not_finite() {

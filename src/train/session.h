@@ -61,6 +61,7 @@ class Session {
     ops::Places places;
   };
   const Program& program_for(int64_t S, bool update);
+  const Program& update_program();
   void agree();
   void load_weights();
   void make_engine(const Job& job, int64_t local_rank);

@@ -123,7 +123,7 @@ TEST(ChooseTest, UnevenHeadsFitWhereTheLeastKeptDoes) {
     plan.planned_length = length;
     choose(plan, recipe, llama_8b(), machine, 3);
     EXPECT_TRUE(plan.fits) << length;
-    EXPECT_LE(total_bytes(plan), plan.budget_bytes);
+    EXPECT_LE(total_bytes(plan), plan.room.device_bytes);
   }
 }
 
