@@ -18,6 +18,8 @@ using step::Keep;
 struct Kept {
   int64_t every = 1;    // the inputs of layers 0, every, 2 every, ...
   int64_t rebuilt = 1;  // of the others, so many at once
+  bool lean = false;    // step::Options::lean
+  Tier rebuilt_tier = Tier::kDevice;
   int64_t again = 0;    // layers, the first, whose attention is computed again
   int64_t levels = 0;   // up to L: q, k, v in so many layers, the last; up to 2 L gate and up besides; up to 3 L all else
 };
@@ -111,6 +113,7 @@ class Search {
       k.level = level(2) ? Keep::kEverything : level(1) ? Keep::kGateUp : level(0) ? Keep::kProjections : Keep::kInput;
     }
     o.rebuilt_inputs = kept.rebuilt;
+    o.lean = kept.lean, o.rebuilt_tier = kept.rebuilt_tier;
   }
 
   // Bytes of a layer that can be away.
@@ -189,6 +192,14 @@ class Search {
     for (int64_t every = 2; every < 2 * L_; every *= 2)
       for (const int64_t rebuilt : {every - 1, int64_t{3}, int64_t{1}})
         if (rebuilt < every && (all.empty() || all.back().every != std::min(every, L_) || all.back().rebuilt > rebuilt)) all.push_back({.every = std::min(every, L_), .rebuilt = rebuilt});
+    if (!has(Tier::kHost)) return all;
+    for (size_t i = 0, n = all.size(); i < n; ++i) {
+      all.push_back(all[i]);
+      all.back().lean = true;
+      if (all[i].rebuilt > 1) continue;
+      all.push_back(all.back());
+      all.back().rebuilt_tier = Tier::kHost;
+    }
     return all;
   }
 
@@ -217,7 +228,7 @@ class Search {
     if (!best) consider(least_attention_again(states));
     if (best) return *best;
     step::Options o = with_states(states);
-    keep(o, {.every = L_, .rebuilt = 1, .again = L_});
+    keep(o, {.every = L_, .rebuilt = 1, .lean = has(Tier::kHost), .rebuilt_tier = has(Tier::kHost) ? Tier::kHost : Tier::kDevice, .again = L_});
     Candidate c = price(std::move(o), states.words);
     c.fits = false;
     return c;

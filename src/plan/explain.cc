@@ -132,6 +132,7 @@ void Writer::kept() {
     if (outputs == spec_.L) line("", "attention output and log-sum-exp in {}; attention is never computed twice", where(output));
     else line("", "attention output and log-sum-exp in {}: attention of {} layers is computed twice, nothing else fits", outputs == 0 ? "none" : where(output), spec_.L - outputs);
   }
+  if (o.lean) line("", "through attention's backward the layer's input and the residual stream's gradient wait on the host");
   facts()["kept_layers"] = {{"input", spec_.L - projections}, {"projections", projections - gate_up}, {"all", gate_up - everything}, {"everything", everything}, {"inputs_kept", inputs}, {"outputs_kept", outputs}, {"rebuilt_inputs", o.rebuilt_inputs}};
   Json tiers = Json::array();
   for (const step::LayerKeep& k : o.keep)

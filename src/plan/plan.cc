@@ -138,7 +138,7 @@ void choose_kept(const step::Model& model, Plan& plan, const recipe::Recipe& r, 
   for (int attempt = 0;; ++attempt) {
     Choice choice = choose_places(model, plan.options, q);
     plan.considered = choice.considered;
-    plan.options.keep = choice.best.options.keep, plan.options.tiers = choice.best.options.tiers, plan.options.rebuilt_inputs = choice.best.options.rebuilt_inputs;
+    plan.options.keep = choice.best.options.keep, plan.options.tiers = choice.best.options.tiers, plan.options.rebuilt_inputs = choice.best.options.rebuilt_inputs, plan.options.lean = choice.best.options.lean, plan.options.rebuilt_tier = choice.best.options.rebuilt_tier;
     plan.seconds = choice.best.seconds;
     plan.states_words = choice.best.words;
     price_costliest(model, plan, q.rates);

@@ -98,7 +98,7 @@ std::pair<Held, Held> Block::attend(Buffer qkv_S) const {
   return {std::move(o_SnH), std::move(lse_Sn)};
 }
 
-Held Block::forward(const LayerViews& w, Held x, const LayerKeep& keep, Saved& saved, int64_t layer) const {
+Held Block::forward(const LayerViews& w, Held x, const LayerKeep& keep, Saved& saved, int64_t layer, const std::function<void()>& between) const {
   const int64_t s = options_.s, D = spec_.D;
   const bool projections = keep.level >= Keep::kProjections, everything = keep.level == Keep::kEverything;
   const Kind normed = everything ? Kind::kSaved : Kind::kActivations;
@@ -128,6 +128,7 @@ Held Block::forward(const LayerViews& w, Held x, const LayerKeep& keep, Saved& s
     if (keep.output) saved.o_sNH.keep(ops_, std::move(o), keep.output_tier, "attention output");
   }
   ops_.mark("MLP forward", layer);
+  between();
   Held y_sD = make(s, D, Kind::kSaved, "layer input");
   Held h_sD = make(s, D, normed, "normed MLP input"), rstd_s = make(s, 1, normed, "rstd", Dtype::kF32);
   // Never built in the output's place, though it could be: cuBLAS rounds sums in place otherwise, and what is kept must not
@@ -137,6 +138,7 @@ Held Block::forward(const LayerViews& w, Held x, const LayerKeep& keep, Saved& s
   output_projection(w, x1_sD, o_sNH, x_sD);
   o.reset();
   x.reset();
+  if (options_.lean) saved.x_sD.settle();
   if (projections) saved.x1_sD.keep(ops_, std::move(x1), keep.projections_tier, "MLP input");
   ops_.rms_norm(h_sD, rstd_s, x1_sD, w.norm2_D, spec_.norm_eps);
   Held gate_up, a;
@@ -161,8 +163,9 @@ void Block::attend_again(const LayerViews& w, Buffer x_sD, Saved& saved) const {
   }
   auto [o_SnH, lse_Sn] = attend(qkv_S);
   qkv_S.reset();
-  saved.lse_Sn.keep(ops_, std::move(lse_Sn), ops::Tier::kDevice, "attention log-sum-exp");
-  saved.o_sNH.keep(ops_, ulysses_.output_to_tokens(std::move(o_SnH)), ops::Tier::kDevice, "attention output");
+  const ops::Tier tier = options_.rebuilt_tier;
+  saved.lse_Sn.keep(ops_, std::move(lse_Sn), tier, "attention log-sum-exp");
+  saved.o_sNH.keep(ops_, ulysses_.output_to_tokens(std::move(o_SnH)), tier, "attention output");
 }
 
 Held Block::forward_again(const LayerViews& w, Buffer x_sD, Saved& saved, int64_t layer) const {
@@ -193,6 +196,7 @@ void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, bool add, Sa
     Held x1_sD = make(s, D, Kind::kActivations, "MLP input, rebuilt");
     output_projection(w, x1_sD, saved.o_sNH.device(), saved.x_sD.device());
     saved.x1_sD.keep(ops_, std::move(x1_sD), ops::Tier::kDevice, "MLP input");
+    if (options_.lean) saved.x_sD.drop(), saved.o_sNH.drop();
   }
   const Buffer x1_sD = saved.x1_sD.device();
   normed_again(saved.h2_sD, saved.rstd2_s, x1_sD, w.norm2_D, "normed MLP input");
@@ -240,26 +244,32 @@ void Block::rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, Sa
   ops_.norm_rope_grad(dqk.column_range(NH, KH), dw.k_norm_H, raw.column_range(NH, KH), rstd.column_range(spec_.N, spec_.K), w.k_norm_H, table_sH_);
 }
 
-void Block::attention_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, Buffer dy_sD) const {
+void Block::attention_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, Held& dy, const std::function<void()>& between) const {
   const int64_t s = options_.s;
   const ops::Heads& heads = ulysses_.heads();
-  const Buffer x_sD = saved.x_sD.device();
-  normed_again(saved.h1_sD, saved.rstd1_s, x_sD, w.norm1_D, "normed input");
-  const Buffer h_sD = saved.h1_sD.device();
+  const bool lean = options_.lean;
+  if (!lean) between();
+  if (!saved.qkv_S.exists() || !lean) normed_again(saved.h1_sD, saved.rstd1_s, saved.x_sD.device(), w.norm1_D, "normed input");
   if (!saved.qkv_S.exists()) {
     Held raw_qk, rstd_qk;
-    saved.qkv_S.keep(ops_, ulysses_.qkv_to_heads(project(w, h_sD, &raw_qk, &rstd_qk)), ops::Tier::kDevice, "q, k, v of my heads");
+    saved.qkv_S.keep(ops_, ulysses_.qkv_to_heads(project(w, saved.h1_sD.device(), &raw_qk, &rstd_qk)), ops::Tier::kDevice, "q, k, v of my heads");
     if (spec_.qk_norm) saved.raw_qk.keep(ops_, std::move(raw_qk), ops::Tier::kDevice, "q, k before their norm"), saved.rstd_qk.keep(ops_, std::move(rstd_qk), ops::Tier::kDevice, "q/k norm");
   }
+  if (lean) {
+    saved.h1_sD.reset(), saved.rstd1_s.reset();
+    saved.x_sD.leave(ops::Tier::kHost, "layer input"), saved.x_sD.settle();
+  }
   const Buffer o_sNH = saved.o_sNH.device();
-  ops_.linear_dw(dw.o_DO, dy_sD, o_sNH, add);
-  if (dw.o_bias_D.exists()) ops_.bias_grad(dw.o_bias_D, dy_sD);
+  ops_.linear_dw(dw.o_DO, dy, o_sNH, add);
+  if (dw.o_bias_D.exists()) ops_.bias_grad(dw.o_bias_D, dy);
   Held do_SnH;
   {
     Held do_sNH = make(s, spec_.query_columns(), Kind::kActivations, "gradient of the attention output");
-    ops_.linear_dx(do_sNH, dy_sD, w.o_DO);
+    ops_.linear_dx(do_sNH, dy, w.o_DO);
     do_SnH = ulysses_.alone() ? std::move(do_sNH) : ulysses_.output_to_heads(do_sNH);
   }
+  Parked waiting;  // dy, where it makes room
+  if (lean) waiting.keep(ops_, std::move(dy), ops::Tier::kHost, "gradient of the residual stream"), waiting.settle();
   Held o_SnH = ulysses_.alone() ? saved.o_sNH.take() : ulysses_.output_to_heads(o_sNH);
   saved.o_sNH.reset();
   Held dqkv_S = make(options_.S(), (heads.n + 2 * heads.k) * heads.H, Kind::kActivations, "gradient of q, k, v of my heads");
@@ -271,24 +281,31 @@ void Block::attention_backward(const LayerViews& w, const LayerViews& dw, bool a
   saved.lse_Sn.reset();
   do_SnH.reset();
   o_SnH.reset();
+  if (lean) {
+    saved.x_sD.want(), waiting.want();
+    between();
+  }
 
   const Held dqkv_s = ulysses_.qkv_grad_to_tokens(std::move(dqkv_S));
   rope_and_norm_backward(w, dw, saved, dqkv_s);
+  normed_again(saved.h1_sD, saved.rstd1_s, saved.x_sD.device(), w.norm1_D, "normed input");
+  const Buffer h_sD = saved.h1_sD.device();
   ops_.linear_dw(dw.qkv_OD, dqkv_s, h_sD, add);
   if (dw.qkv_bias_O.exists()) ops_.bias_grad(dw.qkv_bias_O, dqkv_s);
   ops_.linear_dx(h_sD, dqkv_s, w.qkv_OD);
-  ops_.rms_norm_grad(dy_sD, dw.norm1_D, h_sD, x_sD, saved.rstd1_s.device(), w.norm1_D);
+  if (lean) dy = waiting.take();
+  ops_.rms_norm_grad(dy, dw.norm1_D, h_sD, saved.x_sD.device(), saved.rstd1_s.device(), w.norm1_D);
   saved = {};
 }
 
-void Block::backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, Buffer dy_sD, int64_t layer, const std::function<void()>& between) const {
+void Block::backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, Held& dy_sD, int64_t layer, const std::function<void()>& between) const {
   ops_.mark("MLP backward", layer);
   saved.want_for_mlp();
-  saved.want_for_attention();
+  if (!options_.lean) saved.want_for_attention();
   mlp_backward(w, dw, add, saved, dy_sD);
   ops_.mark("attention backward", layer);
-  between();
-  attention_backward(w, dw, add, saved, dy_sD);
+  if (options_.lean) saved.want_for_attention();
+  attention_backward(w, dw, add, saved, dy_sD, between);
 }
 
 }  // namespace uly::step

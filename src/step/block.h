@@ -37,16 +37,16 @@ class Block {
   Block(ops::Ops& ops, const models::Spec& spec, const Options& options, const Ulysses& ulysses, ops::Buffer rope_table)
       : ops_(ops), spec_(spec), options_(options), ulysses_(ulysses), table_sH_(rope_table) {}
 
-  // Returns y_sD; moves what backward needs into `saved`.
-  ops::Held forward(const LayerViews& w, ops::Held x_sD, const LayerKeep& keep, Saved& saved, int64_t layer) const;
+  // Returns y_sD; moves what backward needs into `saved`. Calls `between` once attention's part is done.
+  ops::Held forward(const LayerViews& w, ops::Held x_sD, const LayerKeep& keep, Saved& saved, int64_t layer, const std::function<void()>& between) const;
 
   // Returns y_sD again, from x_sD and what is kept: attention's output, which is computed anew where it is not, and
   // then stays in `saved`.
   ops::Held forward_again(const LayerViews& w, ops::Buffer x_sD, Saved& saved, int64_t layer) const;
 
   // dy_sD becomes dx_sD; adds to dw, or without `add` writes its matrices. `saved` has x_sD. Calls `between` once the MLP's part
-  // is done.
-  void backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Buffer dy_sD, int64_t layer, const std::function<void()>& between) const;
+  // is done, or with Options::lean attention's.
+  void backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Held& dy_sD, int64_t layer, const std::function<void()>& between) const;
 
  private:
   // q, k, v of my tokens: projection, bias, q/k norm, rope. With `raw_qk` and `rstd_qk`, what the gradient of a q/k norm needs goes
@@ -66,7 +66,7 @@ class Block {
   // gate_up_s2F and a_sF: where these are kept whole, or no buffers.
   void mlp_forward(const LayerViews& w, ops::Buffer y_sD, ops::Buffer x1_sD, ops::Buffer h_sD, ops::Buffer gate_up_s2F, ops::Buffer a_sF) const;
   void mlp_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Buffer dy_sD) const;
-  void attention_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Buffer dy_sD) const;
+  void attention_backward(const LayerViews& w, const LayerViews& dw, bool add, Saved& saved, ops::Held& dy_sD, const std::function<void()>& between) const;
   void rope_and_norm_backward(const LayerViews& w, const LayerViews& dw, Saved& saved, ops::Buffer dqkv_s) const;
 
   ops::Ops& ops_;

@@ -105,8 +105,14 @@ class Micro {
     for (size_t l = 0; l < saved_.size(); ++l) {
       const LayerViews w = weights(l);
       zero_.prefetch(l + 2);  // after the last layer: the head
-      x_sD = block_->forward(w, std::move(x_sD), o_.keep[l], saved_[l], static_cast<int64_t>(l));
-      if (l > 0) saved_[l - 1].settle();
+      // What the layer before sends away has this layer's time, or with little room its attention's.
+      const auto settle = [&] {
+        if (l > 0) saved_[l - 1].settle();
+      };
+      x_sD = block_->forward(w, std::move(x_sD), o_.keep[l], saved_[l], static_cast<int64_t>(l), [&] {
+        if (o_.lean) settle();
+      });
+      settle();
       zero_.release(l + 1);
     }
     zero_.updates_done();
@@ -114,7 +120,7 @@ class Micro {
   }
 
   // From the last layer to the first, by runs of layers that begin with one whose input is kept.
-  void backward(Buffer dx_sD) {
+  void backward(Held& dx_sD) {
     for (size_t end = saved_.size(); end > 0;) {
       size_t begin = end - 1;
       while (!o_.keep[begin].input) --begin;
@@ -125,7 +131,7 @@ class Micro {
 
   // Layers [begin, end); the input of `begin` is kept. Where the others' are too many to be there at once, those of the second
   // half are rebuilt first, from the input in the middle.
-  void backward_run(size_t begin, size_t end, Buffer dx_sD) {
+  void backward_run(size_t begin, size_t end, Held& dx_sD) {
     const size_t rebuilt = end - begin - 1;
     if (static_cast<int64_t>(rebuilt) > std::max<int64_t>(1, o_.rebuilt_inputs)) {
       const size_t middle = begin + (end - begin) / 2;
@@ -148,8 +154,9 @@ class Micro {
       Held y_sD = block_->forward_again(w, saved_[l].x_sD.device(), saved_[l], static_cast<int64_t>(l));
       zero_.release(l + 1);
       if (l == begin || only_last) {
-        if (l == begin) saved_[l].x_sD.drop();
-        else saved_[l].x_sD.reset();
+        if (l > begin) saved_[l].x_sD.reset();
+        else if (o_.rebuilt_tier != ops::Tier::kDevice) saved_[l].x_sD.leave(o_.rebuilt_tier, "layer input, rebuilt"), saved_[l].x_sD.settle();
+        else saved_[l].x_sD.drop();
         if (only_last && !o_.keep[l].output) saved_[l].o_sNH.reset(), saved_[l].lse_Sn.reset();
       }
       saved_[l + 1].x_sD.keep(ops_, std::move(y_sD), ops::Tier::kDevice, "layer input, rebuilt");
@@ -165,7 +172,7 @@ class Micro {
     saved_[begin].o_sNH.want();
   }
 
-  void backward_layer(size_t l, Buffer dx_sD) {
+  void backward_layer(size_t l, Held& dx_sD) {
     const LayerViews w = weights(l);
     if (l > 0) zero_.prefetch(l);
     const LayerViews dw = layer_views(m_.spec, zero_.gradient(l + 1));

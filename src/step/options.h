@@ -57,6 +57,8 @@ struct Options {
   int64_t mlp_tile = 0, loss_tile = 0;
   ops::AttentionSchedule attention;
   std::vector<LayerKeep> keep;     // one a layer
+  bool lean = false;               // through attention's backward, what it does not read waits on the host or is rebuilt
+  ops::Tier rebuilt_tier = ops::Tier::kDevice;  // where inputs and outputs that have been rebuilt wait for their layer's backward
   int64_t rebuilt_inputs = 1;      // layers' inputs that are rebuilt at once; more wanted are rebuilt by halves
   std::vector<UnitTiers> tiers;    // one a unit; none: all on the device
   int64_t update_piece = int64_t{1} << 27;  // elements of a unit that are streamed through the device at once

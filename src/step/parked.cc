@@ -8,11 +8,15 @@ void Parked::keep(ops::Ops& ops, ops::Held x, ops::Tier tier, const char* what) 
   ULY_CHECK(!exists(), "a tensor is kept once");
   ops_ = &ops;
   here_ = std::move(x);
-  if (tier == ops::Tier::kDevice) return;
+  if (tier != ops::Tier::kDevice) leave(tier, what);
+}
+
+void Parked::leave(ops::Tier tier, const char* what) {
+  if (there_.exists()) return drop();
   const ops::Buffer b = *here_;
   rows_ = b.rows, columns_ = b.columns, dtype_ = b.dtype, what_ = what;
-  there_ = ops::Held(ops, rows_, columns_, dtype_, ops::Kind::kSaved, what, tier);
-  going_ = ops.move(there_, here_);
+  there_ = ops::Held(*ops_, rows_, columns_, dtype_, ops::Kind::kSaved, what, tier);
+  going_ = ops_->move(there_, here_);
 }
 
 void Parked::arrive(ops::Event& event) {

@@ -14,6 +14,9 @@ class Parked {
   void keep(ops::Ops& ops, ops::Held x, ops::Tier tier, const char* what);
   // Has gone: what the device held is released. Nothing where it stays there.
   void settle();
+  // Starts the way to `tier`, of a tensor that has stayed; settle() follows. Nothing where it is kept elsewhere already but to
+  // release what the device holds.
+  void leave(ops::Tier tier, const char* what);
   // Starts the way back, if it is away.
   void want();
   // The tensor on the device; waits for the way back.

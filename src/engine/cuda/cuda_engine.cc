@@ -4,7 +4,10 @@
 #include <bit>
 #include <cstring>
 
+#include <ATen/Parallel.h>
+
 #include "base/check.h"
+#include "base/log.h"
 #include "base/shapes.h"
 #include "base/units.h"
 #include "engine/cuda/flash.h"
@@ -13,7 +16,7 @@ namespace uly::engine::cuda {
 
 CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOptions& options) : Engine(world, sequence), options_(options) {
   check(cudaSetDevice(options.device), fmt::format("GPU {}", options.device).c_str());
-  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream");
+  for (cudaStream_t* stream : {&stream_, &to_host_, &to_device_, &disk_stream_}) check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "a stream");
   gemm_workspace_ = Memory(Place::kDevice, ops::kGemmWorkspaceBytes);
   scratch_ = Memory(Place::kDevice, options.scratch_bytes);
   gemm_.emplace(stream_, gemm_workspace_.base(), options.deterministic);
@@ -22,12 +25,20 @@ CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOpti
 
 CudaEngine::~CudaEngine() {
   cudaStreamSynchronize(stream_);
+  disk_.reset(), host_.reset();
+  for (memory::HostArena* arena : {&run_host_, &step_host_}) release_host(*arena);
   attention_.reset();
   gemm_.reset();
-  cudaStreamDestroy(stream_);
+  for (cudaEvent_t e : events_) cudaEventDestroy(e);
+  for (cudaStream_t stream : {to_host_, to_device_, disk_stream_, stream_}) cudaStreamDestroy(stream);
 }
 
-std::byte* CudaEngine::reserve(ops::Life life, int64_t bytes) {
+std::byte* CudaEngine::reserve(ops::Life life, ops::Tier tier, int64_t bytes) {
+  if (tier == ops::Tier::kHost) return reserve_host(life, bytes);
+  if (tier == ops::Tier::kDisk) {
+    reserve_disk(life, bytes);
+    return nullptr;
+  }
   Memory& memory = life == ops::Life::kRun ? run_ : step_;
   finish();
   memory = Memory();
@@ -43,6 +54,73 @@ std::byte* CudaEngine::reserve(ops::Life life, int64_t bytes) {
   return memory.base();
 }
 
+void CudaEngine::release_host(memory::HostArena& arena) {
+  if (arena.base() != nullptr && cudaHostUnregister(arena.base()) != cudaSuccess) cudaGetLastError();  // it may have been refused
+  arena = memory::HostArena();
+}
+
+std::byte* CudaEngine::reserve_host(ops::Life life, int64_t bytes) {
+  memory::HostArena& arena = life == ops::Life::kRun ? run_host_ : step_host_;
+  finish();
+  release_host(arena);
+  arena = memory::HostArena(bytes, at::get_num_threads());
+  if (const cudaError_t error = cudaHostRegister(arena.base(), static_cast<size_t>(arena.bytes()), cudaHostRegisterDefault); error != cudaSuccess) {
+    cudaGetLastError();
+    say("host memory: {} cannot be locked for the GPU ({}): copies to it will be slower and hold up the launching thread; `ulimit -l unlimited` allows it", format_bytes(bytes), cudaGetErrorString(error));
+  }
+  return arena.base();
+}
+
+void CudaEngine::reserve_disk(ops::Life life, int64_t bytes) {
+  if (!disk_) {
+    ring_ = Memory(Place::kHost, DiskTier::kPieces * DiskTier::kPieceBytes);
+    disk_.emplace(options_.device, stream_);
+    for (std::optional<DiskTier>* disk : {&run_disk_, &step_disk_})
+      disk->emplace(options_.disk_folders, ring_.base(), [stream = disk_stream_](std::byte* to, const std::byte* from, int64_t n) {
+        check(cudaMemcpyAsync(to, from, static_cast<size_t>(n), cudaMemcpyDefault, stream), "copy between the disk's ring and a tier");
+        check(cudaStreamSynchronize(stream), "copy between the disk's ring and a tier");
+      });
+  }
+  finish();
+  (life == ops::Life::kRun ? run_disk_ : step_disk_)->reserve(bytes);
+}
+
+cudaEvent_t CudaEngine::next_event() {
+  if (events_used_ == events_.size()) {
+    cudaEvent_t e = nullptr;
+    check(cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "an event");
+    events_.push_back(e);
+  }
+  return events_[events_used_++];
+}
+
+ops::Event CudaEngine::pending(Pending p) {
+  pending_.push_back(p);
+  return {static_cast<int32_t>(pending_.size()) - 1};
+}
+
+ops::Event CudaEngine::move(ops::Buffer y, ops::Buffer x) {
+  const int64_t bytes = x.bytes();
+  if (y.tier == ops::Tier::kDisk || x.tier == ops::Tier::kDisk) {
+    const bool write = y.tier == ops::Tier::kDisk;
+    const ops::Buffer& there = write ? y : x;
+    auto* here = static_cast<std::byte*>(address(write ? x : y));
+    const uint32_t number = disk_->queue([disk = &disk_of(there), place = place_bytes(there), here, bytes, write] {
+      if (write) disk->write(place, here, bytes);
+      else disk->read(place, here, bytes);
+    });
+    return pending({.tasks = &*disk_, .number = number});
+  }
+  const bool out = y.tier == ops::Tier::kHost;
+  const cudaStream_t stream = out ? to_host_ : to_device_;
+  const cudaEvent_t begin = next_event(), end = next_event();
+  check(cudaEventRecord(begin, stream_), "an event");
+  check(cudaStreamWaitEvent(stream, begin), "an event");
+  check(cudaMemcpyAsync(address(y), address(x), static_cast<size_t>(bytes), out ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, stream), "copy between tiers");
+  check(cudaEventRecord(end, stream), "an event");
+  return pending({.event = end});
+}
+
 void CudaEngine::out_of_memory(int64_t bytes) {
   size_t free = 0, total = 0;
   cudaMemGetInfo(&free, &total);
@@ -53,17 +131,31 @@ void CudaEngine::out_of_memory(int64_t bytes) {
 
 void CudaEngine::finish() {
   check(cudaStreamSynchronize(stream_), where().c_str());
+  for (std::optional<Tasks>* tasks : {&disk_, &host_})
+    if (*tasks) (*tasks)->rethrow();
   staged_used_ = 0;
 }
 
 void CudaEngine::read(void* host, const ops::Buffer& b) {
   ULY_CHECK(b.contiguous(), "only whole rows are read");
+  if (b.tier != ops::Tier::kDevice) {
+    finish();
+    if (b.tier == ops::Tier::kHost) std::memcpy(host, address(b), static_cast<size_t>(b.bytes()));
+    else disk_->run([&] { disk_of(b).read(place_bytes(b), static_cast<std::byte*>(host), b.bytes()); });
+    return;
+  }
   check(cudaMemcpyAsync(host, address(b), static_cast<size_t>(b.bytes()), cudaMemcpyDeviceToHost, stream_), "copy to the host");
   finish();
 }
 
 void CudaEngine::write(const ops::Buffer& b, const void* host) {
   ULY_CHECK(b.contiguous(), "only whole rows are written");
+  if (b.tier != ops::Tier::kDevice) {
+    finish();
+    if (b.tier == ops::Tier::kHost) std::memcpy(address(b), host, static_cast<size_t>(b.bytes()));
+    else disk_->run([&] { disk_of(b).write(place_bytes(b), static_cast<const std::byte*>(host), b.bytes()); });
+    return;
+  }
   check(cudaMemcpyAsync(address(b), host, static_cast<size_t>(b.bytes()), cudaMemcpyHostToDevice, stream_), "copy to the GPU");
   finish();
 }
@@ -98,13 +190,16 @@ void CudaEngine::load_batch(const ops::Buffer& table) {
   send(address(input(ops::Input::kIds_s)), batch().ids.data(), bytes(batch().ids));
   send(address(input(ops::Input::kLabels_s)), batch().labels.data(), bytes(batch().labels));
   send(address(input(ops::Input::kPositions_s)), batch().positions.data(), bytes(batch().positions));
+  planned_ = false;
+  exchanges_.clear();
+  pending_.clear();
+  events_used_ = 0;
+  if (!table.exists()) return;  // a program of updates alone
   // The table holds what kernels look up: rope's frequencies first, then the documents of attention's calls.
   table_ = table;
   table_used_ = round_up(bytes(batch().inverse_frequencies), 256);
   inverse_frequencies_ = static_cast<const float*>(address(table));
   send(address(table), batch().inverse_frequencies.data(), bytes(batch().inverse_frequencies));
-  planned_ = false;
-  exchanges_.clear();
 }
 
 // --- linear maps
@@ -184,7 +279,7 @@ ops::Event CudaEngine::exchange(const ops::Buffer& to, const ops::Buffer& from, 
   check(cudaMemcpyAsync(e.from.base(), address(from), static_cast<size_t>(from.bytes()), cudaMemcpyDeviceToHost, stream_), "copy to the host");
   check(cudaStreamSynchronize(stream_), where().c_str());
   e.work = start(e.to.base(), e.from.base());
-  return {static_cast<int32_t>(exchanges_.size()) - 1};
+  return pending({.exchange = static_cast<int64_t>(exchanges_.size()) - 1});
 }
 
 ops::Event CudaEngine::all_to_all(ops::Buffer received, ops::Buffer send, ops::Group which, const std::vector<int64_t>& receive_elements, const std::vector<int64_t>& send_elements) {
@@ -211,8 +306,11 @@ ops::Event CudaEngine::all_reduce(ops::Buffer x, ops::Group which) {
 
 void CudaEngine::wait(ops::Event event) {
   if (event.id < 0) return;
+  const Pending& p = pending_[static_cast<size_t>(event.id)];
+  if (p.event != nullptr) return check(cudaStreamWaitEvent(stream_, p.event), "waiting for a copy");
+  if (p.tasks != nullptr) return p.tasks->wait(p.number);
   const Range r = range(Work::kExchange, "wait");
-  Exchange& e = exchanges_[static_cast<size_t>(event.id)];
+  Exchange& e = exchanges_[static_cast<size_t>(p.exchange)];
   e.work.wait();
   if (!e.to.base()) return;
   check(cudaMemcpyAsync(address(e.into), e.to.base(), static_cast<size_t>(e.into.bytes()), cudaMemcpyHostToDevice, stream_), "copy to the GPU");

@@ -1,7 +1,7 @@
 // The engine on an NVIDIA GPU: GEMMs by cuBLASLt, attention by cuDNN (or ATen's flash attention), everything else by
-// kernels/*.cu, all on one stream. Built into libulysses_cuda.so, which is loaded where a GPU is asked for (engine/make.h).
+// kernels/*.cu, all on one stream; copies to and from the host on two others. Built into libulysses_cuda.so, which is loaded where a GPU is asked for (engine/make.h).
 //
-// Memory      the arenas, by cudaMalloc; besides kGemmWorkspaceBytes and scratch for kernels, and what CUDA, cuBLAS and
+// Memory      the arenas, by cudaMalloc, on the host registered with CUDA; besides kGemmWorkspaceBytes and scratch for kernels, and what CUDA, cuBLAS and
 //             cuDNN load for themselves
 #pragma once
 
@@ -13,8 +13,11 @@
 #include "engine/cuda/gemm.h"
 #include "engine/cuda/memory.h"
 #include "engine/cuda/range.h"
+#include "engine/cuda/tasks.h"
+#include "engine/disk_tier.h"
 #include "engine/engine.h"
 #include "engine/make.h"
+#include "memory/host_arena.h"
 
 namespace uly::engine::cuda {
 
@@ -32,6 +35,7 @@ class CudaEngine final : public Engine {
 
   void zero(ops::Buffer y) override;
   void copy(ops::Buffer y, ops::Buffer x) override;
+  ops::Event move(ops::Buffer y, ops::Buffer x) override;
   void linear(ops::Buffer y, ops::Buffer x, ops::Buffer w) override;
   void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer w, ops::Buffer r) override;
   void linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer w) override;
@@ -60,11 +64,22 @@ class CudaEngine final : public Engine {
   void sum_pieces(ops::Buffer shard, ops::Buffer received, int64_t pieces) override;
   ops::Event all_reduce(ops::Buffer x, ops::Group group) override;
   void squared_norm(ops::Buffer total, ops::Buffer x) override;
-  void adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) override;
+  ops::Event adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) override;
   void wait(ops::Event event) override;
 
  private:
-  std::byte* reserve(ops::Life life, int64_t bytes) override;
+  // What an event stands for.
+  struct Pending {
+    cudaEvent_t event = nullptr;   // a copy
+    Tasks* tasks = nullptr;        // or a task
+    uint32_t number = 0;
+    int64_t exchange = -1;         // or an exchange
+  };
+
+  std::byte* reserve(ops::Life life, ops::Tier tier, int64_t bytes) override;
+  std::byte* reserve_host(ops::Life life, int64_t bytes);
+  void reserve_disk(ops::Life life, int64_t bytes);
+  void release_host(memory::HostArena& arena);
   void load_batch(const ops::Buffer& table) override;
   [[noreturn]] void out_of_memory(int64_t bytes);
 
@@ -75,13 +90,24 @@ class CudaEngine final : public Engine {
   AttentionArgs attention_args(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule);
   // At least so many bytes of the host, of few different sizes, so that they serve again.
   Memory pinned(int64_t bytes);
+  // An event for this program; those of earlier ones serve again: who waits for one has been told to already.
+  cudaEvent_t next_event();
+  ops::Event pending(Pending p);
+  DiskTier& disk_of(const ops::Buffer& b) { return *(b.life == ops::Life::kRun ? run_disk_ : step_disk_); }
   // An exchange through host memory: waits for what `from` is computed by, starts; wait() brings the result to `to`.
   ops::Event exchange(const ops::Buffer& to, const ops::Buffer& from, const std::function<comm::Work(void* to, void* from)>& start);
   Range range(Work work, const char* name) { return Range(timers_, work, name, stream_); }
 
   CudaOptions options_;
   kernels::Stream stream_ = nullptr;
+  cudaStream_t to_host_ = nullptr, to_device_ = nullptr, disk_stream_ = nullptr;
+  std::vector<cudaEvent_t> events_;
+  size_t events_used_ = 0;
   Memory run_, step_, gemm_workspace_, scratch_;
+  memory::HostArena run_host_, step_host_;
+  Memory ring_;                              // between GPU and disk
+  std::optional<DiskTier> run_disk_, step_disk_;
+  std::optional<Tasks> disk_, host_;         // of the disk, and updates on the host
   std::optional<Gemm> gemm_;
   std::optional<Attention> attention_;
   std::deque<Memory> staged_;  // pinned; what lies in them is on its way until finish()
@@ -96,6 +122,7 @@ class CudaEngine final : public Engine {
     comm::Work work;
   };
   std::vector<Exchange> exchanges_;
+  std::vector<Pending> pending_;  // by event
   std::vector<Memory> pinned_;  // of exchanges that are done: pinning takes longer than many an exchange
   Timers timers_;
   std::optional<Named> where_;

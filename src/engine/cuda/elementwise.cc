@@ -1,4 +1,6 @@
 // Instructions that one kernel of kernels/*.cu carries out.
+#include <ATen/Parallel.h>
+
 #include "engine/cuda/cuda_engine.h"
 #include "kernels/elementwise.h"
 #include "kernels/embed.h"
@@ -115,9 +117,15 @@ void CudaEngine::squared_norm(ops::Buffer total, ops::Buffer x) {
   kernels::squared_norm({.total = static_cast<double*>(address(total)), .x = matrix(x), .scratch = scratch(kernels::kNormScratchBytes)}, stream_);
 }
 
-void CudaEngine::adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range_of) {
+ops::Event CudaEngine::adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range_of) {
+  const kernels::AdamwArgs args = adamw_args(weight, master, m, v, gradient, norm, loss, range_of);
+  if (m.tier == ops::Tier::kHost) {
+    if (!host_) host_.emplace(options_.device, stream_);
+    return pending({.tasks = &*host_, .number = host_->queue([args] { at::parallel_for(0, args.count, 32768, [&](int64_t begin, int64_t end) { kernels::cpu::adamw(args, begin, end); }); })});
+  }
   const Range r = range(Work::kOptimizer, "adamw");
-  kernels::adamw(adamw_args(weight, master, m, v, gradient, norm, loss, range_of), stream_);
+  kernels::adamw(args, stream_);
+  return {};
 }
 
 }  // namespace uly::engine::cuda
