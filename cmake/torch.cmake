@@ -20,4 +20,6 @@ foreach(package cudnn nccl cusparselt nvshmem cu13)
 endforeach()
 target_link_directories(torch INTERFACE ${TORCH_DIR}/lib)
 target_link_options(torch INTERFACE -Wl,-rpath,${TORCH_DIR}/lib -Wl,-rpath-link,${TORCH_DIR}/lib${torch_rpath_link})
-target_link_libraries(torch INTERFACE torch_cpu c10)
+# at::parallel_for is a header: without OpenMP it would be one thread. The wheel brings the library.
+target_compile_options(torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
+target_link_libraries(torch INTERFACE torch_cpu c10 gomp)

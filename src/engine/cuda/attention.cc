@@ -222,8 +222,8 @@ void Attention::backward_blocks(const AttentionArgs& a, const View& v, const Cal
   const Matrix dk = workspace.matrix(most_keys, KH, Dtype::kBf16), dv = workspace.matrix(most_keys, KH, Dtype::kBf16);
   const Matrix dk_sum = workspace.matrix(summed, KH, Dtype::kF32), dv_sum = workspace.matrix(summed, KH, Dtype::kF32);
   const Matrix lse = workspace.matrix(most_queries, v.n, Dtype::kF32);
-  for (int64_t begin = 0; begin < tokens; begin += summed) {
-    int64_t end = std::min(tokens, begin + summed);
+  for (int64_t begin = 0, end = 0; begin < tokens; begin = end) {
+    end = std::min(tokens, begin + summed);
     if (tokens - end == 1 && summed > most_queries) end -= most_queries;
     for (int64_t query = begin; query < tokens; query += most_queries) {
       const int64_t queries = std::min(most_queries, tokens - query);
