@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cli/verbs.h"
 #include "launch/environment.h"
@@ -49,6 +50,18 @@ std::string device_words(const Ranks& ranks);
 // What the plan has to know of this machine.
 plan::Machine machine_of(const Ranks& ranks);
 
+// A recipe and the machine that it is planned for: this one, or one that the command line describes; then this one's GPUs are not
+// asked for. `speaks`: tells why there are GPUs that are not used.
+struct Planned {
+  recipe::Recipe recipe;
+  plan::Machine machine;
+  int64_t world = 1;
+};
+Planned planned_for(const Options& options, bool speaks);
+
+// What `plan --compare` prints: a plan for each combination of values.
+int compare(const Options& options);
+
 // What may be downloaded if it is not here.
 enum class Fetch { kNothing, kConfiguration, kWeights };
 
@@ -61,6 +74,13 @@ std::string model_place(const models::Spec& spec);
 
 // Where the tokenizer's files lie; empty: where the model's do, or not here.
 std::string tokenizer_folder(const recipe::Recipe& recipe);
+
+// The engine's program. Throws UserError where it is not there.
+std::string engine_program();
+
+// Runs `command` as every rank on this machine, or, in a job that somebody else has started, becomes the one rank that this process
+// is. Returns the exit code.
+int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& machine, const std::vector<std::string>& command);
 
 // Has the token file made, or found in the cache.
 plan::DataFacts prepare_data(const recipe::Recipe& recipe, const models::Spec& spec);

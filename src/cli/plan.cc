@@ -170,17 +170,6 @@ plan::Machine machine_of(const Ranks& ranks) {
 
 namespace {
 
-// Returns 0 also where it does not fit here: the plan says so, and may be for another machine; `train` refuses.
-int print_plan(const Options& options, const recipe::Recipe& recipe, const plan::Machine& machine, int64_t world) {
-  const models::Spec spec = find_model(recipe, Fetch::kNothing);
-  plan::Plan plan = plan::make(recipe, spec, machine, world, std::nullopt);
-  plan.facts["machine"] = facts_of(machine);
-  const std::string out = options.json ? plan.facts.dump(2) + "\n" : plan::text(plan);
-  std::fwrite(out.data(), 1, out.size(), stdout);
-  std::fflush(stdout);
-  return 0;
-}
-
 int64_t size_from(const std::string& flag, const std::string& text) {
   const std::optional<int64_t> bytes = recipe::bytes_from(text);
   ULY_USER_CHECK(bytes && *bytes > 0, "{}: expected a size such as 80GiB, found '{}'", flag, text);
@@ -188,38 +177,63 @@ int64_t size_from(const std::string& flag, const std::string& text) {
 }
 
 // A machine that one does not have, as far as the command line describes it; the rest as such machines are.
-plan::Machine imagined(const WhatIf& what, int64_t world) {
+plan::Machine imagined(const Options& options, int64_t world) {
   constexpr int64_t kGiB = int64_t{1} << 30;
+  const WhatIf& what = options.what_if;
   plan::Machine m;
-  m.cuda = true;
-  ULY_USER_CHECK(what.nodes >= 1 && world % what.nodes == 0, "--nodes: expected a divisor of {} GPUs, found {}", world, what.nodes);
+  m.cuda = options.device.value_or("cuda") == "cuda", m.imagined = true;
+  ULY_USER_CHECK(m.cuda || options.device == "cpu", "--device: expected cpu or cuda, found '{}'", *options.device);
+  ULY_USER_CHECK(m.cuda || (what.gpu.empty() && what.gpu_memory.empty()), "--device cpu: expected no {}", what.gpu.empty() ? "--gpu-memory" : "--gpu");
+  ULY_USER_CHECK(world >= 1, "--gpus: expected at least 1, found {}", world);
+  ULY_USER_CHECK(world % what.nodes == 0, "--nodes: expected a divisor of {} GPUs, found {}", world, what.nodes);
+  const std::string machines = fmt::format("{} imagined machine{}", what.nodes, what.nodes == 1 ? "" : "s");
+  m.memory_bytes = what.host_memory.empty() ? 1900 * kGiB : size_from("--host-memory", what.host_memory);
+  m.cores = what.host_cores > 0 ? what.host_cores : m.cuda ? 12 * (world / what.nodes) : 96;
+  m.words = fmt::format("{}: {} cores, {} of memory each", machines, m.cores, format_bytes(m.memory_bytes));
+  if (!m.cuda) {
+    m.memory_bytes *= what.nodes;  // on the CPU ranks share what all have
+    return m;
+  }
   m.gpus = world / what.nodes;
   m.gpu_name = what.gpu.empty() ? "H100" : what.gpu;
   const bool large = m.gpu_name.find("H200") != std::string::npos, newest = m.gpu_name.find("B200") != std::string::npos;
   m.gpu_total_bytes = what.gpu_memory.empty() ? (newest ? 180 : large ? 140 : 80) * kGiB : size_from("--gpu-memory", what.gpu_memory);
-  m.gpu_free_bytes = m.gpu_total_bytes - kGiB / 2;  // what a driver keeps
+  m.gpu_free_bytes = std::max<int64_t>(1, m.gpu_total_bytes - kGiB / 2);  // what a driver keeps
   m.gpu_major = newest ? 10 : m.gpu_name.find("A100") != std::string::npos ? 8 : 9;
-  m.memory_bytes = what.host_memory.empty() ? 1900 * kGiB : size_from("--host-memory", what.host_memory);
-  m.cores = what.host_cores > 0 ? what.host_cores : 12 * m.gpus;
-  m.words = fmt::format("imagined: {} cores, {} of memory", m.cores, format_bytes(m.memory_bytes));
-  m.gpu_words = fmt::format("{} x {}, {} each, on {} imagined machine{} with {} of memory", world, m.gpu_name, format_bytes(m.gpu_total_bytes), what.nodes, what.nodes == 1 ? "" : "s", format_bytes(m.memory_bytes));
+  m.gpu_words = fmt::format("{} x {}, {} each, on {} with {} of memory", world, m.gpu_name, format_bytes(m.gpu_total_bytes), machines, format_bytes(m.memory_bytes));
   return m;
 }
 
 }  // namespace
 
-// Starts nothing and asks no network: a plan is made from the recipe, the model's configuration and this machine. What
-// this machine lacks is no reason to refuse: the plan may be for another.
-int plan(const Options& options) {
-  const recipe::Recipe recipe = recipe::load(options.recipe, options.overrides);
+Planned planned_for(const Options& options, bool speaks) {
+  Planned p{.recipe = recipe::load(options.recipe, options.overrides)};
   if (options.what_if.any()) {
-    const int64_t world = options.num_ranks.value_or(recipe.sequence_parallel_size);
-    return print_plan(options, recipe, imagined(options.what_if, world), world);
+    p.world = options.num_ranks.value_or(p.recipe.sequence_parallel_size);
+    p.machine = imagined(options, p.world);
+  } else {
+    const Ranks ranks = choose_ranks(options, p.recipe, false);
+    if (const std::optional<Obstacle> obstacle = find_obstacle(p.recipe); ranks.cuda && obstacle) throw UserError(obstacle->sentence());
+    if (speaks && !ranks.cuda && ranks.obstacle && ranks.gpus.visible > 0) say("device: {}", device_words(ranks));
+    p.world = ranks.world;
+    p.machine = machine_of(ranks);
   }
-  const Ranks ranks = choose_ranks(options, recipe, false);
-  if (const std::optional<Obstacle> obstacle = find_obstacle(recipe); ranks.cuda && obstacle) throw UserError(obstacle->sentence());
-  if (!ranks.cuda && ranks.obstacle && ranks.gpus.visible > 0) say("device: {}", device_words(ranks));
-  return print_plan(options, recipe, machine_of(ranks), ranks.world);
+  if (!options.what_if.disk.empty()) p.machine.disk_bytes = size_from("--disk", options.what_if.disk);
+  return p;
+}
+
+// Starts nothing and asks no network: a plan is made from the recipe, the model's configuration and this machine. What
+// this machine lacks is no reason to refuse: the plan may be for another. Returns 0 also where it does not fit here: the
+// plan says so; `train` refuses.
+int plan(const Options& options) {
+  if (!options.compare.empty()) return compare(options);
+  const Planned p = planned_for(options, true);
+  plan::Plan plan = plan::make(p.recipe, find_model(p.recipe, Fetch::kNothing), p.machine, p.world, std::nullopt, {.longest = true, .explain = options.explain});
+  plan.facts["machine"] = facts_of(p.machine);
+  const std::string out = options.json ? plan.facts.dump(2) + "\n" : plan::text(plan);
+  std::fwrite(out.data(), 1, out.size(), stdout);
+  std::fflush(stdout);
+  return 0;
 }
 
 }  // namespace uly::cli

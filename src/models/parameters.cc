@@ -1,6 +1,8 @@
 // The table of parameters: what lies where in each unit, under its Hugging Face name.
 #include <fmt/format.h>
 
+#include <initializer_list>
+#include <optional>
 #include <utility>
 
 #include "base/shapes.h"
@@ -14,20 +16,23 @@ enum class Role { kMatrix, kNorm, kBias };
 // Lays weights one after the other; `align` closes a group whose tensors are one view together.
 class Layout {
  public:
+  Layout() = default;  // for offsets alone: a plan asks for them thousands of times
   explicit Layout(std::string prefix) : prefix_(std::move(prefix)) {}
 
   // Returns where the tensor starts.
-  int64_t add(Role role, const std::string& name, std::vector<int64_t> shape) {
-    Tensor tensor{.name = prefix_ + name, .shape = std::move(shape), .offset = end_};
+  int64_t add(Role role, const char* name, std::initializer_list<int64_t> shape) {
+    const int64_t offset = end_;
+    for (int64_t n = 1; const int64_t size : shape) end_ = offset + (n *= size);
+    if (!prefix_) return offset;
+    Tensor tensor{.name = *prefix_ + name, .shape = shape, .offset = offset};
     tensor.is_norm = role == Role::kNorm;
     tensor.is_bias = role == Role::kBias;
     tensor.decays = tensor.is_product = role == Role::kMatrix;
-    end_ += tensor.elements();
     tensors_.push_back(std::move(tensor));
-    return tensors_.back().offset;
+    return offset;
   }
-  int64_t add_aligned(Role role, const std::string& name, std::vector<int64_t> shape) {
-    const int64_t offset = add(role, name, std::move(shape));
+  int64_t add_aligned(Role role, const char* name, std::initializer_list<int64_t> shape) {
+    const int64_t offset = add(role, name, shape);
     align();
     return offset;
   }
@@ -39,7 +44,7 @@ class Layout {
   }
 
  private:
-  std::string prefix_;
+  std::optional<std::string> prefix_;
   std::vector<Tensor> tensors_;
   int64_t end_ = 0;
 };
@@ -75,12 +80,17 @@ void add_mlp(const Spec& spec, Layout& layout, LayerOffsets& at) {
   if (spec.mlp_bias) at.down_bias_D = layout.add_aligned(Role::kBias, "mlp.down_proj.bias", {spec.D});
 }
 
-std::pair<Unit, LayerOffsets> layer(const Spec& spec, int64_t index) {
-  Layout layout(fmt::format("model.layers.{}.", index));
+LayerOffsets lay(const Spec& spec, Layout& layout) {
   LayerOffsets at;
   add_attention(spec, layout, at);
   add_mlp(spec, layout, at);
-  return {layout.unit(fmt::format("layer {}", index)), at};
+  return at;
+}
+
+Unit layer(const Spec& spec, int64_t index) {
+  Layout layout(fmt::format("model.layers.{}.", index));
+  lay(spec, layout);
+  return layout.unit(fmt::format("layer {}", index));
 }
 
 }  // namespace
@@ -91,7 +101,10 @@ int64_t Tensor::elements() const {
   return n;
 }
 
-LayerOffsets layer_offsets(const Spec& spec) { return layer(spec, 0).second; }
+LayerOffsets layer_offsets(const Spec& spec) {
+  Layout layout;
+  return lay(spec, layout);
+}
 
 std::vector<Unit> units(const Spec& spec) {
   std::vector<Unit> all;
@@ -99,7 +112,7 @@ std::vector<Unit> units(const Spec& spec) {
   embedding.add(Role::kMatrix, "embed_tokens.weight", {spec.V, spec.D});
   all.push_back(embedding.unit("embedding"));
   all[0].tensors[0].is_product = spec.tied_embeddings;
-  for (int64_t i = 0; i < spec.L; ++i) all.push_back(layer(spec, i).first);
+  for (int64_t i = 0; i < spec.L; ++i) all.push_back(layer(spec, i));
   Layout head("");
   head.add_aligned(Role::kNorm, "model.norm.weight", {spec.D});
   if (!spec.tied_embeddings) head.add(Role::kMatrix, "lm_head.weight", {spec.V, spec.D});

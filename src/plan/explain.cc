@@ -9,6 +9,9 @@
 
 #include "base/shapes.h"
 #include "base/units.h"
+#include "plan/longest.h"
+#include "plan/reasons.h"
+#include "plan/timeline.h"
 
 namespace uly::plan {
 namespace {
@@ -29,7 +32,8 @@ class Writer {
   void heads();
   void tiles();
   void kept();
-  void time();
+  void time(const Machine& machine);
+  void longest();
   void memory(const Machine& machine);
   void attention();
   void batch();
@@ -65,10 +69,11 @@ void Writer::mesh(const Machine& machine) {
 void Writer::sequence(const std::optional<DataFacts>& data, const data::Selection& selection) {
   const int64_t S = plan_.planned_length, P = plan_.mesh.P;
   line("sequence", "up to {} tokens a sample; the longest micro-batch has {} with padding, {} on each rank", format_count(plan_.max_length), format_count(S), format_count(S / P));
+  if (r_.data.max_length == recipe::kAutoLength) line("", "max_length auto: {}", plan_.longest->max_length > 0 ? fmt::format("{}, the longest that fits", format_count(plan_.max_length)) : "nothing fits");
   if (spec_.max_positions > 0 && plan_.max_length > spec_.max_positions)
     line("", "max_length {} is beyond the model's {} positions: it has not been trained there", format_count(plan_.max_length), format_count(spec_.max_positions));
   if (!plan_.options.exchange && P > 1) line("", "attention_scope: shard keeps attention inside each rank: a control for experiments, no sequence parallelism");
-  facts()["sequence"] = {{"max_length", plan_.max_length}, {"planned_length", S}, {"shard_tokens", S / P}};
+  facts()["sequence"] = {{"max_length", plan_.max_length}, {"planned_length", S}, {"shard_tokens", S / P}, {"auto", r_.data.max_length == recipe::kAutoLength}};
   if (!data) return;
   line("data", "{} samples, {} tokens; {} longer than max_length {} dropped; longest {}", format_count(plan_.num_samples), format_count(selection.num_tokens), format_count(selection.num_dropped),
        selection.num_dropped == 1 ? "was" : "were", format_count(selection.longest));
@@ -139,8 +144,7 @@ void Writer::kept() {
     tiers.push_back({{"level", static_cast<int>(k.level)}, {"input", k.input ? ops::name_of(k.input_tier) : "rebuilt"}, {"output", k.output ? ops::name_of(k.output_tier) : "rebuilt"}, {"projections", ops::name_of(k.projections_tier)}, {"gate_up", ops::name_of(k.gate_up_tier)}});
   facts()["layers"] = tiers;
   if (!o.tiers.empty()) {
-    const int64_t resident = std::count(o.tiers.begin(), o.tiers.end(), step::UnitTiers{});
-    line("states", "{}{}; updates run under the next step's forward, and are made before saving and at the end", plan_.states_words, resident > 0 ? fmt::format("; those of the first {} of {} units stay on the device", resident, o.tiers.size()) : "");
+    line("states", "{}; updates run under the next step's forward, and are made before saving and at the end", states_words(plan_.states_words, o));
   }
   facts()["states"] = plan_.states_words;
 }
@@ -177,6 +181,10 @@ void Writer::memory(const Machine& machine) {
     if (price.total_bytes(tier) > 0)
       line("", "{} {}: {} between steps + {} within one, of {}", format_bytes(price.total_bytes(tier)), tier == ops::Tier::kHost ? "of host memory" : "on the disk", format_bytes(price.of(tier).run_bytes), format_bytes(price.step_places.of(tier)),
            format_bytes(plan_.room.of(tier)));
+  if (!machine.imagined && machine.disk_bytes == 0 && !r_.memory_disk_folders.empty() && r_.memory_disk_bytes > 0)
+    if (const int64_t free = free_scratch_bytes(r_); r_.memory_disk_bytes > free) line("", "memory.disk_size ({}): {}, of which {} are free there", r_.where("memory.disk_size"), format_bytes(r_.memory_disk_bytes), format_bytes(free));
+  if (machine.cuda && !machine.imagined && machine.memory_bytes > 0 && r_.memory_host_bytes > machine.memory_bytes)
+    line("", "memory.host ({}): {}, of which {} are free here", r_.where("memory.host"), format_bytes(r_.memory_host_bytes), format_bytes(machine.memory_bytes));
   facts()["host_bytes"] = price.total_bytes(ops::Tier::kHost), facts()["disk_bytes"] = price.total_bytes(ops::Tier::kDisk);
   for (int k = 0; k < ops::kNumKinds; ++k) {
     const size_t i = static_cast<size_t>(k);
@@ -192,19 +200,32 @@ void Writer::memory(const Machine& machine) {
 }
 
 // What a step takes, by stream.
-void Writer::time() {
+void Writer::time(const Machine& machine) {
   const Price& p = plan_.price;
   if (plan_.seconds == 0) return;
-  constexpr std::array<const char*, kNumStreams> kNames = {"compute", "to the host", "to the device", "disk", "updates on the host", "between ranks"};
   std::string streams;
-  Json busy = Json::object();
-  for (size_t i = 0; i < kNames.size(); ++i) {
-    busy[kNames[i]] = {{"busy", p.busy[i]}, {"waited_for", p.waited[i]}};
-    if (p.busy[i] > 0) streams += fmt::format("{}{} {:.2f} s", streams.empty() ? "" : ", ", kNames[i], p.busy[i]) + (p.waited[i] > 5e-3 ? fmt::format(" ({:.2f} waited for)", p.waited[i]) : "");
-  }
+  for (size_t i = 0; i < kStreamNames.size(); ++i)
+    if (p.busy[i] > 0) streams += fmt::format("{}{} {:.2f} s", streams.empty() ? "" : ", ", kStreamNames[i], p.busy[i]) + (p.waited[i] > 5e-3 ? fmt::format(" ({:.2f} waited for)", p.waited[i]) : "");
   const double tokens = static_cast<double>(plan_.planned_length) / static_cast<double>(plan_.mesh.P);
   line("time", "{:.2f} s a micro-batch of {} tokens, {:.0f} tokens/s for each rank: {}", p.seconds, format_count(plan_.planned_length), tokens / p.seconds, streams);
-  facts()["time"] = {{"seconds", p.seconds}, {"tokens_per_second", tokens / p.seconds}, {"streams", busy}};
+  if (!plan_.rates.known) line("", "the rates of an H100 are assumed: {}", machine.gpu_name.empty() ? "which GPU this is is not known" : "nothing is known of " + machine.gpu_name);
+  facts()["time"] = timeline_facts(p);
+  facts()["time"].update({{"seconds", p.seconds}, {"tokens_per_second", tokens / p.seconds}, {"rates_known", plan_.rates.known}});
+  if (std::none_of(p.busy.begin() + 1, p.busy.end(), [](double busy) { return busy > 0; })) return;
+  const auto bars = timeline(p);
+  for (size_t i = 0; i < bars.size(); ++i) line(i == 0 ? "timeline" : "", "{}", bars[i]);
+}
+
+// How far it could go, and what ends it.
+void Writer::longest() {
+  if (!plan_.longest) return facts()["longest"] = nullptr, line("longest", "not known, as the memory of this machine is not");
+  const Longest& l = *plan_.longest;
+  facts()["longest"] = {{"max_length", l.max_length}, {"limited_by", l.limit ? Json(ops::name_of(*l.limit)) : Json()}};
+  if (l.max_length == 0) return line("longest", "nothing fits");
+  if (!l.limit) return line("longest", "{} tokens fit, {}", format_count(l.max_length), l.max_length < kLongestAsked / 2 ? "the model's sliding window" : "and nobody asks for more");
+  facts()["longest"].update({{"largest", ops::name_of(l.kind)}, {"largest_bytes", l.kind_bytes}, {"bytes", l.bytes}, {"room", l.room_bytes}});
+  line("longest", "{} tokens fit (data.max_length), then the {} is full: {} of {}, {} of it {}", format_count(l.max_length), *l.limit == ops::Tier::kHost ? "host's memory" : ops::name_of(*l.limit), format_bytes(l.bytes), format_bytes(l.room_bytes),
+       format_bytes(l.kind_bytes), ops::name_of(l.kind));
 }
 
 void Writer::batch() {
@@ -270,7 +291,7 @@ void Writer::notes() {
 
 }  // namespace
 
-void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, const std::optional<DataFacts>& facts, const data::Selection& selection) {
+void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, const std::optional<DataFacts>& facts, const data::Selection& selection, const Asked& asked) {
   plan.facts = Json::object();
   plan.facts["recipe"] = r.path;
   plan.facts["notes"] = Json::array();
@@ -283,11 +304,14 @@ void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, cons
   w.tiles();
   w.attention();
   w.memory(machine);
-  w.time();
+  w.time(machine);
+  if (asked.longest) w.longest();
   w.batch();
   w.optimizer();
   w.notes();
   w.offload(machine);
+  if (asked.explain) add_reasons(plan, spec, question(plan, r, machine));
+  plan.facts["pricings"] = {{"search", plan.pricings}, {"longest", plan.longest ? plan.longest->pricings : 0}};
   plan.facts["hash"] = plan.hash;
 }
 

@@ -8,6 +8,6 @@
 
 namespace uly::plan {
 
-void explain(Plan& plan, const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, const std::optional<DataFacts>& facts, const data::Selection& selection);
+void explain(Plan& plan, const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, const std::optional<DataFacts>& facts, const data::Selection& selection, const Asked& asked);
 
 }  // namespace uly::plan

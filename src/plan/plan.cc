@@ -2,7 +2,11 @@
 
 #include <xxhash.h>
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 
 #include "base/check.h"
@@ -11,6 +15,7 @@
 #include "data/sampler.h"
 #include "data/token_file.h"
 #include "plan/explain.h"
+#include "plan/longest.h"
 
 namespace uly::plan {
 namespace {
@@ -93,61 +98,17 @@ int64_t longest_micro_batch(const recipe::Recipe& r, int64_t R, int64_t max_leng
   return tokens;
 }
 
-// Prices the step on the rank to which it costs most.
-void price_costliest(const step::Model& model, Plan& plan, const Rates& rates) {
-  plan.price = {};
-  for (const step::Options& o : unlike_ranks(model.spec, plan.options)) {
-    Price price = read_step(model, o, rates).price();
-    if (price.total_bytes() > plan.price.total_bytes()) plan.price = std::move(price);
-  }
-}
-
 // What the process itself has of the host's memory beside its arenas: torch, CUDA's and cuDNN's own, the data's pages.
 constexpr int64_t kHostProcessBytes = int64_t{4} << 30;
-
-// Nine tenths of what the fullest of the folders has free, times their number: they are used in turn.
-int64_t free_on_disk(const recipe::Recipe& r) {
-  int64_t least = INT64_MAX;
-  for (const std::string& folder : r.memory_disk_folders) {
-    std::error_code error;
-    const auto space = std::filesystem::space(folder, error);
-    ULY_USER_CHECK(!error, "memory.disk ({}): {}: {}", r.where("memory.disk"), folder, error.message());
-    least = std::min(least, static_cast<int64_t>(space.available));
-  }
-  return least / 10 * 9 * static_cast<int64_t>(r.memory_disk_folders.size());
-}
 
 // What one rank may use. On the CPU all is host memory: a tier of its own only where the recipe says so.
 Room room(const recipe::Recipe& r, const Machine& machine, int64_t world, int64_t device_bytes) {
   Room room{.device_bytes = device_bytes};
-  const int64_t ranks = machine.cuda ? std::max<int64_t>(1, std::min(world, machine.gpus * machine.gpu_ranks)) : world;  // on this machine
+  const int64_t ranks = ranks_on_machine(machine, world);
   if (r.memory_host_bytes > 0) room.host_bytes = r.memory_host_bytes / ranks;
   else if (machine.cuda && machine.memory_bytes > 0) room.host_bytes = std::max<int64_t>(0, machine.memory_bytes / 100 * 96 / ranks - kHostProcessBytes);
-  if (!r.memory_disk_folders.empty()) room.disk_bytes = (r.memory_disk_bytes > 0 ? r.memory_disk_bytes : free_on_disk(r)) / ranks;
+  room.disk_bytes = (machine.disk_bytes > 0 ? machine.disk_bytes : scratch_bytes(r)) / ranks;
   return room;
-}
-
-Question question(const Plan& plan, const recipe::Recipe& r, const Machine& machine) {
-  return {.room = plan.room, .rates = machine.cuda ? preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, plan.mesh.W)) : Rates{}, .besides_bytes = plan.besides_bytes, .cuda = machine.cuda, .micro_batches = r.gradient_accumulation_steps};
-}
-
-// Chooses what is kept where, and prices it with its places.
-void choose_kept(const step::Model& model, Plan& plan, const recipe::Recipe& r, const Machine& machine) {
-  Question q = question(plan, r, machine);
-  // Places leave gaps: where these make it too much, the search is told of less room.
-  for (int attempt = 0;; ++attempt) {
-    Choice choice = choose_places(model, plan.options, q);
-    plan.considered = choice.considered;
-    plan.options.keep = choice.best.options.keep, plan.options.tiers = choice.best.options.tiers, plan.options.rebuilt_inputs = choice.best.options.rebuilt_inputs, plan.options.lean = choice.best.options.lean, plan.options.rebuilt_tier = choice.best.options.rebuilt_tier;
-    plan.seconds = choice.best.seconds;
-    plan.states_words = choice.best.words;
-    price_costliest(model, plan, q.rates);
-    if (q.room.device_bytes == 0) return;
-    const int64_t over = total_bytes(plan) - plan.room.device_bytes, host_over = plan.price.total_bytes(ops::Tier::kHost) - plan.room.host_bytes, disk_over = plan.price.total_bytes(ops::Tier::kDisk) - plan.room.disk_bytes;
-    plan.fits = choice.best.fits && over <= 0 && host_over <= 0 && disk_over <= 0;
-    if (plan.fits || !choice.best.fits || attempt == 3) return;
-    q.room.device_bytes -= std::max<int64_t>(0, over), q.room.host_bytes -= std::max<int64_t>(0, host_over), q.room.disk_bytes -= std::max<int64_t>(0, disk_over);
-  }
 }
 
 // All but what is kept.
@@ -172,26 +133,32 @@ void choose_options(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
   if (machine.cuda) plan.besides_bytes = kLibraryBytes + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(widest_summed_columns(spec)) + ops::attention_besides_bytes(o.attention, most, o.S());
 }
 
-// What is short and by how much, what of it is largest, and what to do.
-std::string why_not(const Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
-  const Price& p = plan.price;
-  const int64_t longest = longest_that_fits(r, spec, machine, world, plan.room.device_bytes);
-  std::string advice = longest > 0 ? fmt::format("the longest that fits is data.max_length={}; or use more ranks", longest) : "not even 256 tokens fit: use more ranks or a smaller model";
-  if (machine.cuda && plan.room.disk_bytes == 0) advice += ", or give room on a disk with memory.disk";
-  const int64_t host = p.total_bytes(ops::Tier::kHost), disk = p.total_bytes(ops::Tier::kDisk);
-  if (total_bytes(plan) <= plan.room.device_bytes && host > plan.room.host_bytes)
-    return fmt::format("host memory: needs {} for each rank, {} free: {} are optimizer states; {}", format_bytes(host), format_bytes(plan.room.host_bytes), format_bytes(p.of(ops::Tier::kHost).run_by_kind[static_cast<size_t>(ops::Kind::kOptimizer)]), advice);
-  if (total_bytes(plan) <= plan.room.device_bytes && disk > plan.room.disk_bytes) return fmt::format("disk: needs {} for each rank, has {}; {}", format_bytes(disk), format_bytes(plan.room.disk_bytes), advice);
-  return fmt::format("needs {} for each rank, has {}: {} live between steps (weights, gradients, optimizer), {} within one; {}", format_bytes(total_bytes(plan)), format_bytes(plan.room.device_bytes), format_bytes(p.of(ops::Tier::kDevice).run_bytes),
-                     format_bytes(p.step_places.of(ops::Tier::kDevice)), advice);
+void check_disk(const recipe::Recipe& r, const Machine& machine) {
+  if (machine.imagined) return;
+  for (const std::string& folder : r.memory_disk_folders) {
+    std::error_code error;
+    const std::string where = fmt::format("memory.disk ({})", r.where("memory.disk"));
+    ULY_USER_CHECK(std::filesystem::exists(folder, error), "{}: expected folders that are there, found no {}", where, folder);
+    ULY_USER_CHECK(std::filesystem::is_directory(folder, error), "{}: expected a folder, found the file {}", where, folder);
+    ULY_USER_CHECK(::access(folder.c_str(), W_OK) == 0, "{}: {} cannot be written: {}", where, folder, std::strerror(errno));
+  }
+}
+
+// data.max_length: auto. Depends on what all ranks have alike, not on the data.
+int64_t auto_length(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
+  const int64_t unit = plan.mesh.P * r.data.div_length;
+  ULY_USER_CHECK(budget(r, machine, world) > 0, "data.max_length ({}): auto needs to know how much memory there is: give it with memory.device, or a length", r.where("data.max_length"));
+  plan.longest = find_longest(r, spec, machine, world, kLongestAsked, unit, std::max<int64_t>(spec.max_positions, unit));
+  return std::max(plan.longest->max_length, unit);
 }
 
 std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Plan& plan) {
-  std::string text = r.normalized.dump() + spec.config.dump() + fmt::format("|{}|{}|{}|{}|{}", plan.mesh.W, plan.planned_length, plan.options.mlp_tile, plan.options.loss_tile, plan.num_samples);
+  std::string text = r.normalized.dump() + spec.config.dump() + fmt::format("|{}|{}|{}|{}|{}|{}", plan.mesh.W, plan.max_length, plan.planned_length, plan.options.mlp_tile, plan.options.loss_tile, plan.num_samples);
   const ops::AttentionSchedule& a = plan.options.attention;
   text += fmt::format("|{}|{}|{}|{}", static_cast<int>(a.backend), a.kv_heads_at_once, a.backward_queries, a.backward_keys);
   for (const step::LayerKeep& k : plan.options.keep) text += fmt::format("{}{}{}{}{}{}{},", static_cast<int>(k.level), k.input, k.output, static_cast<int>(k.input_tier), static_cast<int>(k.output_tier), static_cast<int>(k.projections_tier), static_cast<int>(k.gate_up_tier));
   for (const step::UnitTiers& t : plan.options.tiers) text += fmt::format("{}{}{}{},", static_cast<int>(t.weight), static_cast<int>(t.optimizer), static_cast<int>(t.gradient), t.update_on_host);
+  text += fmt::format("|{}|{}|{}", plan.options.rebuilt_inputs, plan.options.lean, static_cast<int>(plan.options.rebuilt_tier));
   const XXH128_hash_t h = XXH3_128bits(text.data(), text.size());
   return fmt::format("{:016x}{:016x}", h.high64, h.low64);
 }
@@ -237,31 +204,55 @@ Steps count_steps(const recipe::Recipe& r, int64_t R, int64_t num_samples) {
   return s;
 }
 
-void choose(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
-  choose_options(plan, r, spec, machine, world);
-  choose_kept(step::Model(spec), plan, r, machine);
+int64_t free_scratch_bytes(const recipe::Recipe& r) {
+  int64_t least = INT64_MAX;
+  for (const std::string& folder : r.memory_disk_folders) {
+    std::error_code error;
+    const auto space = std::filesystem::space(folder, error);
+    ULY_USER_CHECK(!error, "memory.disk ({}): {}: {}", r.where("memory.disk"), folder, error.message());
+    least = std::min(least, static_cast<int64_t>(space.available));
+  }
+  return least / 10 * 9 * static_cast<int64_t>(r.memory_disk_folders.size());
 }
 
-int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes) {
-  recipe::Recipe shorter = r;
-  constexpr int64_t kStep = 256;  // tokens
-  const step::Model model(spec);
-  const auto fits = [&](int64_t steps) {
-    shorter.data.max_length = steps * kStep;
-    Plan plan;
-    plan.mesh = make_mesh(shorter, spec, world);
-    plan.planned_length = padded_length(shorter, shorter.data.max_length, plan.mesh.P, shorter.micro_batch_size * shorter.data.max_length);
-    choose_options(plan, shorter, spec, machine, world);
-    plan.room.device_bytes = budget_bytes / 200 * 199;  // the rest: gaps between buffers
-    return can_fit(model, plan.options, question(plan, shorter, machine));
-  };
-  return largest((r.data.max_length > 0 ? r.data.max_length : spec.max_positions) / kStep, fits) * kStep;
+int64_t scratch_bytes(const recipe::Recipe& r) { return r.memory_disk_folders.empty() ? 0 : r.memory_disk_bytes > 0 ? r.memory_disk_bytes : free_scratch_bytes(r); }
+
+int64_t ranks_on_machine(const Machine& machine, int64_t world) { return machine.cuda ? std::max<int64_t>(1, std::min(world, machine.gpus * machine.gpu_ranks)) : world; }
+
+Question question(const Plan& plan, const recipe::Recipe& r, const Machine& machine) {
+  return {.room = plan.room, .rates = machine.cuda ? preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, plan.mesh.W)) : Rates{}, .besides_bytes = plan.besides_bytes, .cuda = machine.cuda, .micro_batches = r.gradient_accumulation_steps};
 }
 
-Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, const std::optional<DataFacts>& facts) {
+Plan sized(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t max_length) {
   Plan plan;
   plan.mesh = make_mesh(r, spec, world);
-  plan.max_length = r.data.max_length > 0 ? r.data.max_length : spec.max_positions;
+  plan.max_length = max_length;
+  plan.planned_length = padded_length(r, max_length, plan.mesh.P, r.micro_batch_size * max_length);
+  choose_options(plan, r, spec, machine, world);
+  return plan;
+}
+
+void choose_kept(const step::Model& model, Plan& plan, const Question& question) {
+  Choice choice = choose_places(model, plan.options, question);
+  plan.options = choice.best.options;
+  plan.seconds = choice.best.seconds;
+  plan.states_words = choice.best.words;
+  plan.fits = choice.best.fits || question.room.device_bytes == 0;
+  plan.price = std::move(choice.price);
+  plan.considered = std::move(choice.considered);
+  plan.pricings += choice.pricings;
+}
+
+void choose(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
+  choose_options(plan, r, spec, machine, world);
+  choose_kept(step::Model(spec), plan, question(plan, r, machine));
+}
+
+Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, const std::optional<DataFacts>& facts, const Asked& asked) {
+  Plan plan;
+  plan.mesh = make_mesh(r, spec, world);
+  check_disk(r, machine);
+  plan.max_length = r.data.max_length == recipe::kAutoLength ? auto_length(plan, r, spec, machine, world) : r.data.max_length > 0 ? r.data.max_length : spec.max_positions;
   ULY_USER_CHECK(plan.max_length > 0, "data.max_length ({}): not given, and the model's configuration has no max_position_embeddings to take its place", r.where("data.max_length"));
   ULY_USER_CHECK(spec.sliding_window == 0 || plan.max_length <= spec.sliding_window,
                  "data.max_length ({}): {} is longer than the model's sliding window of {}, which is not supported: lower it, or set model.hf_config_kwargs.sliding_window to null for full attention",
@@ -274,7 +265,8 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
 
   std::optional<data::TokenFile> file;
   data::Selection selection;
-  if (facts) {
+  // Where not even the shortest length fits, which samples are as short is no matter.
+  if (facts && !(plan.longest && plan.longest->max_length == 0)) {
     file.emplace(facts->tokens_path);
     ULY_USER_CHECK(file->vocabulary() <= spec.V, "{}: its token ids reach {}, the model's vocabulary has {}: use the model's own tokenizer", facts->tokens_path, file->vocabulary(), spec.V);
     selection = data::select(*file, plan.max_length, r.data.filter_samples, r.where("data.max_length"));
@@ -286,10 +278,15 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
   }
 
   plan.planned_length = padded_length(r, plan.max_length, plan.mesh.P, longest_micro_batch(r, plan.mesh.R(), plan.max_length, file ? &*file : nullptr, selection));
-  choose(plan, r, spec, machine, world);
+  choose_options(plan, r, spec, machine, world);
+  Question q = question(plan, r, machine);
+  plan.rates = q.rates;
+  q.thorough = asked.explain;
+  choose_kept(step::Model(spec), plan, q);
   if (!plan.fits) plan.why_not = why_not(plan, r, spec, machine, world);
   plan.hash = hash_of(r, spec, plan);
-  explain(plan, r, spec, machine, facts, selection);
+  if (asked.longest && !plan.longest && plan.room.device_bytes > 0) plan.longest = find_longest(r, spec, machine, world, kLongestAsked, 256, plan.max_length);
+  explain(plan, r, spec, machine, file ? facts : std::nullopt, selection, asked);
   return plan;
 }
 

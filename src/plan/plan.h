@@ -26,6 +26,8 @@ struct Machine {
   int64_t gpus = 0;           // visible
   int64_t cores = 1;
   int64_t memory_bytes = 0;   // what all local ranks may use together: free memory of the host, or of the control group
+  int64_t disk_bytes = 0;     // for the scratch files of all local ranks; 0: what scratch_bytes() says here and now
+  bool imagined = false;      // nothing of it is here
   std::string words;          // "2 cores, 23.0 GiB of memory free"
 
   // Of the GPUs that this machine's ranks use, where cuda: "", 0 where that is not known. Filled in by cli from launch.
@@ -55,6 +57,21 @@ struct Line {
   std::string subject, text;  // "attention heads" -> "32:8, 4:1 a rank"
 };
 
+// The longest data.max_length that would fit, all else as it is, and what keeps it from more.
+struct Longest {
+  int64_t max_length = 0;            // 0: none fits
+  std::optional<ops::Tier> limit;    // the tier that is full there; none: the model or the search goes no further
+  ops::Kind kind = ops::Kind::kWeights;  // what that tier holds most of
+  int64_t kind_bytes = 0, bytes = 0, room_bytes = 0;
+  int64_t pricings = 0;
+};
+
+// What a plan is to say besides.
+struct Asked {
+  bool longest = false;       // the longest that fits
+  bool explain = false;       // what else was considered, and why not
+};
+
 struct Plan {
   step::Mesh mesh;            // rank 0's place
   int64_t max_length = 0;     // tokens of the longest sample that is trained
@@ -64,8 +81,11 @@ struct Plan {
   int64_t besides_bytes = 0;  // on a GPU: libraries and their workspace, beside what the program has
   Room room;                  // for one rank; of the device 0 where the machine is not known
   double seconds = 0;         // of a step of one micro-batch; 0 where no rates are known
+  Rates rates;                // that seconds were found with
   std::string states_words;   // where states lie
+  std::optional<Longest> longest;
   std::vector<Candidate> considered;
+  int64_t pricings = 0;       // programs that were read
   bool fits = true;
   std::string why_not;        // a sentence, where it does not fit
   int64_t num_samples = -1;   // after filtering; -1 before the data is prepared
@@ -76,7 +96,7 @@ struct Plan {
 };
 
 // Throws UserError for what the recipe asks and cannot be.
-Plan make(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, const std::optional<DataFacts>& data);
+Plan make(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, const std::optional<DataFacts>& data, const Asked& asked = {});
 
 // Options for a micro-batch whose padded length is S, on the given rank, with the plan's choices.
 step::Options options_for(const Plan& plan, int64_t rank, int64_t S);
@@ -95,8 +115,19 @@ inline int64_t widest_summed_columns(const models::Spec& spec) { return std::max
 // Bytes of a plan on one device, in all.
 inline int64_t total_bytes(const Plan& p) { return p.price.total_bytes() + p.besides_bytes; }
 
+// What is asked for where nothing else bounds a sequence: tokens.
+inline constexpr int64_t kLongestAsked = int64_t{1} << 27;
+
 // The longest data.max_length, up to what the recipe has, that fits into `budget_bytes` for one rank, all else as the plan has it; 0 if none does.
 int64_t longest_that_fits(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes);
+
+// Nine tenths of what the fullest of memory.disk's folders has free, times their number, as they are used in turn; and what all ranks
+// of a machine may use there: memory.disk_size, else as much. 0 without folders.
+int64_t free_scratch_bytes(const recipe::Recipe& recipe);
+int64_t scratch_bytes(const recipe::Recipe& recipe);
+
+// Of `world` ranks, those on one machine.
+int64_t ranks_on_machine(const Machine& machine, int64_t world);
 
 // Padded length of a micro-batch of `tokens`: to div_length (or max_length) and to a multiple of P.
 int64_t padded_length(const recipe::Recipe& recipe, int64_t max_length, int64_t P, int64_t tokens);

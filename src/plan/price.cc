@@ -1,6 +1,8 @@
 #include "plan/price.h"
 
 #include <algorithm>
+#include <bit>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -11,23 +13,56 @@ namespace uly::plan {
 
 using ops::Buffer;
 
-Places place(const std::vector<Lifetime>& lives) {
-  const size_t n = lives.size();
-  std::vector<size_t> order(n);
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return lives[a].bytes > lives[b].bytes; });
+namespace {
+
+constexpr int64_t kForEver = std::numeric_limits<int64_t>::max();
+
+int64_t end_of(const Lifetime& life) { return life.death < 0 ? kForEver : life.death; }
+int64_t taken(const Lifetime& life) { return round_up(life.bytes, ops::place_alignment(life.tier)); }
+
+// The buffers that have been placed in one tier, by the stretches of time in which they are alive.
+class Placed {
+ public:
+  explicit Placed(int64_t end) : stretch_(end / kStretches + 1), lists_(kStretches) {}
+
+  void add(size_t i, const Lifetime& life) { over(life, [&](std::vector<size_t>& list) { list.push_back(i); }); }
+
+  // Calls f for each that may be alive with `life`, some more than once.
+  template <typename F>
+  void for_each(const Lifetime& life, F&& f) {
+    over(life, [&](std::vector<size_t>& list) { std::for_each(list.begin(), list.end(), f); });
+  }
+
+ private:
+  static constexpr int64_t kStretches = 128;
+
+  template <typename F>
+  void over(const Lifetime& life, F&& f) {
+    const int64_t last = life.death < 0 ? kStretches - 1 : std::min(kStretches - 1, life.death / stretch_);
+    for (int64_t i = life.birth / stretch_; i <= last; ++i) f(lists_[static_cast<size_t>(i)]);
+  }
+
+  int64_t stretch_;
+  std::vector<std::vector<size_t>> lists_;
+};
+
+// In the given order, each at the lowest place that is free for its whole life.
+Places place_in_order(const std::vector<Lifetime>& lives, const std::vector<size_t>& order) {
   Places places;
-  places.offset_bytes.assign(n, 0);
-  places.bytes.resize(n);
-  std::array<std::vector<size_t>, ops::kNumTiers> placed;
+  places.offset_bytes.assign(lives.size(), 0);
+  int64_t end = 0;
+  for (const Lifetime& life : lives) end = std::max({end, life.birth, life.death});
+  std::vector<Placed> placed(ops::kNumTiers, Placed(end));
+  std::vector<size_t> seen_for(lives.size(), lives.size());
   std::vector<std::pair<int64_t, int64_t>> busy;
-  const auto end = [&](size_t i) { return lives[i].death < 0 ? std::numeric_limits<int64_t>::max() : lives[i].death; };
   for (const size_t i : order) {
     const size_t tier = static_cast<size_t>(lives[i].tier);
-    const auto taken = [&](size_t j) { return round_up(lives[j].bytes, ops::place_alignment(lives[j].tier)); };
     busy.clear();
-    for (const size_t j : placed[tier])
-      if (lives[j].birth < end(i) && lives[i].birth < end(j)) busy.emplace_back(places.offset_bytes[j], places.offset_bytes[j] + taken(j));
+    placed[tier].for_each(lives[i], [&](size_t j) {
+      if (seen_for[j] == i || lives[j].birth >= end_of(lives[i]) || lives[i].birth >= end_of(lives[j])) return;
+      seen_for[j] = i;
+      busy.emplace_back(places.offset_bytes[j], places.offset_bytes[j] + taken(lives[j]));
+    });
     std::sort(busy.begin(), busy.end());
     int64_t at = 0;
     for (const auto& [from, to] : busy) {
@@ -35,20 +70,74 @@ Places place(const std::vector<Lifetime>& lives) {
       at = std::max(at, to);
     }
     places.offset_bytes[i] = at;
-    places.bytes[i] = lives[i].bytes;
-    places.arena_bytes[tier] = std::max(places.arena_bytes[tier], at + taken(i));
-    placed[tier].push_back(i);
+    places.arena_bytes[tier] = std::max(places.arena_bytes[tier], at + taken(lives[i]));
+    placed[tier].add(i, lives[i]);
   }
   return places;
 }
 
-Priced::Priced(const std::array<int64_t, 2>& group_sizes, int64_t s, int64_t document_table_bytes, const Rates& rates) : group_sizes_(group_sizes), rates_(rates) {
+// The most that is alive at once: no places need less.
+std::array<int64_t, ops::kNumTiers> peaks(const std::vector<Lifetime>& lives) {
+  std::vector<std::pair<int64_t, size_t>> changes;  // time, and twice the buffer, one more for its birth
+  for (size_t i = 0; i < lives.size(); ++i) {
+    changes.emplace_back(lives[i].birth, 2 * i + 1);
+    if (lives[i].death >= 0) changes.emplace_back(lives[i].death, 2 * i);
+  }
+  std::sort(changes.begin(), changes.end());
+  std::array<int64_t, ops::kNumTiers> alive{}, most{};
+  for (const auto& [when, what] : changes) {
+    const Lifetime& life = lives[what / 2];
+    const size_t tier = static_cast<size_t>(life.tier);
+    alive[tier] += what % 2 == 1 ? taken(life) : -taken(life);
+    most[tier] = std::max(most[tier], alive[tier]);
+  }
+  return most;
+}
+
+}  // namespace
+
+Places place(const std::vector<Lifetime>& lives) {
+  // No order is best for all programs; one of these wastes next to nothing mostly, the more if what came to lie too high is given its
+  // place first.
+  constexpr int kRounds = 4;
+  constexpr int64_t kLittle = 250;  // of so many parts one
+  const auto size_class = [&](size_t i) { return std::bit_width(static_cast<uint64_t>(lives[i].bytes)); };
+  const auto span = [&](size_t i) { return end_of(lives[i]) - lives[i].birth; };
+  const std::array<std::function<bool(size_t, size_t)>, 4> comes_first = {[&](size_t a, size_t b) { return size_class(a) != size_class(b) ? size_class(a) > size_class(b) : span(a) > span(b); },
+                                                                          [&](size_t a, size_t b) { return lives[a].bytes > lives[b].bytes; }, [&](size_t a, size_t b) { return span(a) > span(b); },
+                                                                          [&](size_t a, size_t b) { return size_class(a) != size_class(b) ? size_class(a) > size_class(b) : end_of(lives[a]) > end_of(lives[b]); }};
+  Places best;
+  best.offset_bytes.resize(lives.size());
+  best.arena_bytes.fill(kForEver);
+  for (const Lifetime& life : lives) best.bytes.push_back(life.bytes);
+  const std::array<int64_t, ops::kNumTiers> least = peaks(lives);
+  const auto is_good = [&] { return std::equal(least.begin(), least.end(), best.arena_bytes.begin(), [](int64_t bytes, int64_t found) { return found <= bytes + bytes / kLittle; }); };
+  for (int round = 0; round < static_cast<int>(comes_first.size()) * kRounds && !is_good();) {
+    std::vector<size_t> order(lives.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::stable_sort(order.begin(), order.end(), comes_first[static_cast<size_t>(round / kRounds)]);
+    do {
+      const Places places = place_in_order(lives, order);
+      for (size_t t = 0; t < least.size(); ++t) {
+        if (places.arena_bytes[t] >= best.arena_bytes[t]) continue;
+        best.arena_bytes[t] = places.arena_bytes[t];
+        for (size_t i = 0; i < lives.size(); ++i)
+          if (static_cast<size_t>(lives[i].tier) == t) best.offset_bytes[i] = places.offset_bytes[i];
+      }
+      std::stable_partition(order.begin(), order.end(), [&](size_t i) { return places.offset_bytes[i] + taken(lives[i]) > least[static_cast<size_t>(lives[i].tier)]; });
+    } while (++round % kRounds != 0 && !is_good());
+  }
+  return best;
+}
+
+Priced::Priced(const std::array<int64_t, 2>& group_sizes, int64_t s, int64_t document_table_bytes, const Rates& rates, bool record) : group_sizes_(group_sizes), rates_(rates), record_(record) {
   for (Buffer& b : inputs_) b = make(s, 1, Dtype::kI64, ops::Kind::kInputs, "token ids, labels, positions", ops::Life::kStep, ops::Tier::kDevice);
   if (document_table_bytes > 0) make(1, document_table_bytes, Dtype::kU8, ops::Kind::kInputs, "table of documents", ops::Life::kStep, ops::Tier::kDevice);
 }
 
 Price Priced::price() const {
   Price p = price_;
+  for (size_t t = 0; t < p.tiers.size(); ++t) p.tiers[t].peak_where = peak_at_[t].second < 0 ? peak_at_[t].first : fmt::format("{}, layer {}", peak_at_[t].first, peak_at_[t].second);
   p.run_places = place(run_);
   p.step_places = place(step_);
   return p;
@@ -73,7 +162,8 @@ Buffer Priced::make(int64_t rows, int64_t columns, Dtype dtype, ops::Kind kind, 
   if (live > price.peak_bytes) {
     price.peak_bytes = live;
     price.peak_by_kind = by_kind;
-    price.peak_where = layer_ < 0 ? where_ : fmt::format("{}, layer {}", where_, layer_);
+    auto& [where, layer] = peak_at_[static_cast<size_t>(tier)];
+    where = where_, layer = layer_;
   }
   return b;
 }
@@ -93,6 +183,7 @@ Buffer Priced::input(ops::Input which) { return inputs_[static_cast<size_t>(whic
 void Priced::mark(std::string_view where, int64_t layer) {
   where_ = where;
   layer_ = layer;
+  if (record_) price_.marks.push_back({where_, free_at_[0]});
 }
 
 namespace {
@@ -101,7 +192,15 @@ double over(double amount, double rate) { return rate > 0 ? amount / rate : 0; }
 
 }  // namespace
 
+void Priced::note(Stream stream, double begin, double end) {
+  if (!record_ || end <= begin) return;
+  std::vector<Price::Interval>& of = price_.intervals[static_cast<size_t>(stream)];
+  if (!of.empty() && of.back().end >= begin) of.back().end = end;
+  else of.push_back({begin, end});
+}
+
 void Priced::compute(double seconds) {
+  note(Stream::kCompute, free_at_[0], free_at_[0] + seconds);
   free_at_[0] += seconds;
   price_.busy[0] += seconds;
   price_.seconds = std::max(price_.seconds, free_at_[0]);
@@ -109,7 +208,9 @@ void Priced::compute(double seconds) {
 
 ops::Event Priced::aside(Stream stream, double seconds) {
   double& free_at = free_at_[static_cast<size_t>(stream)];
-  free_at = std::max(free_at, free_at_[0]) + seconds;
+  const double begin = std::max(free_at, free_at_[0]);
+  free_at = begin + seconds;
+  note(stream, begin, free_at);
   price_.busy[static_cast<size_t>(stream)] += seconds;
   price_.seconds = std::max(price_.seconds, free_at);
   events_.emplace_back(stream, free_at);

@@ -39,6 +39,17 @@ struct Price {
   // Where the buffers lie, with the gaps between them.
   int64_t total_bytes(ops::Tier tier = ops::Tier::kDevice) const { return run_places.of(tier) + step_places.of(tier); }
 
+  // When each stream is busy, and when compute comes to each mark: only where asked for.
+  struct Interval {
+    double begin = 0, end = 0;
+  };
+  struct Mark {
+    std::string where;
+    double at = 0;
+  };
+  std::array<std::vector<Interval>, kNumStreams> intervals;
+  std::vector<Mark> marks;
+
   double seconds = 0;                                // from first to last
   std::array<double, kNumStreams> busy{};            // of each stream
   std::array<double, kNumStreams> waited{};          // that compute waited for each
@@ -47,9 +58,8 @@ struct Price {
   double exchanged_bytes = 0, gathered_bytes = 0, scattered_bytes = 0;  // sent by this rank
 };
 
-// Gives every buffer a place in its tier such that no two that are alive together overlap: largest first, lowest place that
-// is free.
-// `birth` and `death` are times; death < 0 means never.
+// Gives every buffer a place in its tier such that no two that are alive together overlap: each the lowest that is free, in the
+// order that wastes least of a few. `birth` and `death` are times; death < 0 means never.
 struct Lifetime {
   ops::Tier tier = ops::Tier::kDevice;
   int64_t bytes = 0, birth = 0, death = -1;
@@ -60,7 +70,8 @@ Places place(const std::vector<Lifetime>& lives);
 class Priced final : public ops::Ops {
  public:
   // `s`: tokens of the rank's shard; `document_table_bytes`: see ops/attention.h.
-  Priced(const std::array<int64_t, 2>& group_sizes, int64_t s, int64_t document_table_bytes, const Rates& rates = {});
+  // With `record` the times of all that runs are kept too.
+  Priced(const std::array<int64_t, 2>& group_sizes, int64_t s, int64_t document_table_bytes, const Rates& rates = {}, bool record = false);
   Price price() const;
   // Without places.
   const Price& so_far() const { return price_; }
@@ -108,6 +119,7 @@ class Priced final : public ops::Ops {
   void moved(std::initializer_list<ops::Buffer> buffers);
   // Takes the compute stream for so long.
   void compute(double seconds);
+  void note(Stream stream, double begin, double end);
   // Takes another one, from when compute has come here and that stream is free.
   ops::Event aside(Stream stream, double seconds);
   ops::Event sent(double bytes, ops::Group group);
@@ -115,6 +127,7 @@ class Priced final : public ops::Ops {
   std::array<int64_t, 2> group_sizes_;
   std::array<ops::Buffer, ops::kNumInputs> inputs_;
   Rates rates_;
+  bool record_;
   Price price_;
   std::vector<Lifetime> run_, step_;
   std::vector<ops::Kind> kinds_;                 // of step buffers
@@ -125,6 +138,7 @@ class Priced final : public ops::Ops {
   std::vector<std::pair<Stream, double>> events_;  // when each has happened
   std::string where_;
   int64_t layer_ = -1;
+  std::array<std::pair<std::string, int64_t>, ops::kNumTiers> peak_at_;  // where_ and layer_ when it was reached
   double sent_bytes_total(const std::vector<int64_t>& elements, Dtype dtype) const;
 };
 

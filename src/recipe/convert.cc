@@ -133,6 +133,7 @@ const Choice* choice_of(const Field& field, const Json& value) {
 
 std::optional<Json> convert(const Field& field, const Node& node) {
   if (node.is_null() && field.initial == "null") return Json(nullptr);
+  if (!field.word.empty() && node.kind == Node::Kind::kScalar && node.text == field.word) return Json(field.word);
   const auto value = convert_kind(field, node);
   if (!value || field.choices.empty() || field.decision != Decision::kWorks) return value;
   const Choice* choice = choice_of(field, *value);
@@ -156,7 +157,7 @@ std::string expectation(const Field& field) {
       return "true or false";
     case Kind::kInt:
     case Kind::kHumanInt:
-      return "an integer" + bounds(field);
+      return "an integer" + bounds(field) + (field.word.empty() ? "" : " or " + field.word);
     case Kind::kNumber:
     case Kind::kHumanNumber:
       return "a number" + bounds(field);

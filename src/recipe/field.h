@@ -55,6 +55,7 @@ struct Field {
   double max = std::numeric_limits<double>::infinity();
   double below = std::numeric_limits<double>::infinity();  // exclusive
   size_t count = 0;                                        // kNumbers: how many
+  std::string word = {};                                   // taken too, in place of a number
   Decision decision = Decision::kWorks;                    // kLater and kRefused: of any value but the default
   std::string why = {};
   std::vector<Choice> choices = {};  // if a value is not among them, `decision` holds; kWorks then means: an error

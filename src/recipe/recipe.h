@@ -34,10 +34,12 @@ struct Source {
   Json as_given = Json::object();      // the whole mapping, defaults filled in, for `prepare`
 };
 
+inline constexpr int64_t kAutoLength = -1;  // data.max_length: auto, the longest that fits
+
 struct Data {
   std::vector<Source> sources;
   std::vector<Source> eval_sources;
-  int64_t max_length = 0;              // 0: key absent, the model's max_position_embeddings
+  int64_t max_length = 0;              // 0: key absent, the model's max_position_embeddings; or kAutoLength
   bool mask_inputs = true;
   bool filter_samples = true;
   bool pack_samples = false;

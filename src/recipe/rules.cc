@@ -29,7 +29,7 @@ void packs_go_alone(Recipe& r) {
 void padding_fits(Recipe& r) {
   const int64_t length = r.data.max_length;
   const int64_t multiple = r.data.div_length;
-  if (r.data.pad_to != PadTo::kMaxLength || !given(r, "data.div_length") || length == 0 || length % multiple == 0) return;
+  if (r.data.pad_to != PadTo::kMaxLength || !given(r, "data.div_length") || length <= 0 || length % multiple == 0) return;
   const int64_t above = round_up(length, multiple);
   const std::string below = above > multiple ? format_count(above - multiple) + " or " : "";
   user_error("{}: data.max_length: expected a multiple of data.div_length {} with pad_to: max_length, such as {}{}, found {}", r.where("data.max_length"),
@@ -101,9 +101,17 @@ void whole_states_come_later(Recipe& r) {
   }
 }
 
+void scratch_has_folders(Recipe& r) {
+  const Json& memory = r.normalized["memory"];
+  const bool named = memory.is_object() && memory.contains("disk") && memory["disk"].is_string();
+  ULY_USER_CHECK(!named || !r.memory_disk_folders.empty(), "{}: memory.disk: expected folders with commas between them, found '{}'", r.where("memory.disk"), memory["disk"].get<std::string>());
+  if (r.memory_disk_bytes > 0 && r.memory_disk_folders.empty()) r.notes.push_back({r.where("memory.disk_size"), "memory.disk_size", "no effect: memory.disk names no folder"});
+}
+
 constexpr std::array kRules = {
     data_type_is_the_recipes,           packs_go_alone,       padding_fits,      shares_sum_to_one,      evaluation_is_whole, samples_are_drawn_one_way,
-    special_tokens_are_not_added_twice, schedule_is_complete, one_entry_resumes, whole_states_come_later};
+    special_tokens_are_not_added_twice, schedule_is_complete, one_entry_resumes, whole_states_come_later,
+    scratch_has_folders};
 
 }  // namespace
 

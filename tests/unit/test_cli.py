@@ -192,7 +192,6 @@ def test_the_hub_cache_is_where_huggingface_hub_has_it(job, environment, folder)
 @pytest.mark.parametrize("arguments, said", [
     (["export", "x"], "ulysses export: not available yet"),
     (["selftest"], "ulysses selftest: not available yet"),
-    (["rehearse", "run.yml"], "ulysses rehearse: not available yet"),
     (["report"], "ulysses report: not available yet"),
     (["train"], "expected a recipe, found none"),
     (["plan", "missing.yml"], "missing.yml: cannot read the recipe"),

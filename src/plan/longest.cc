@@ -1,0 +1,171 @@
+#include "plan/longest.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "base/shapes.h"
+#include "base/units.h"
+
+namespace uly::plan {
+namespace {
+
+using ops::Tier;
+
+// The largest multiple of `unit` up to `most` for which fits(n) holds, within half a percent, if it does for all below: by doubling
+// from `from`, then halving between. 0 if for none.
+template <typename Fits>
+int64_t largest_about(int64_t most, int64_t unit, int64_t from, Fits&& fits) {
+  const auto round = [&](double n) { return static_cast<int64_t>(n) / unit * unit; };
+  most = most / unit * unit;
+  int64_t low = 0, high = most + unit;
+  for (int64_t n = std::clamp(round(static_cast<double>(from)), std::min(unit, most), most); n > low && n < high; n = std::min(2 * n, most)) (fits(n) ? low : high) = n;
+  while (high - low > unit && high - low > low / 200) {
+    // Where nothing is known to fit, downward by quarters.
+    const int64_t middle = std::clamp(round(low > 0 ? std::sqrt(static_cast<double>(low) * static_cast<double>(high)) : static_cast<double>(high) / 4), low + unit, high - unit);
+    (fits(middle) ? low : high) = middle;
+  }
+  return low;
+}
+
+// The tier with too little room for `plan`, which does not fit: the first of disk, host and device that alone, with more, would do.
+Tier short_tier(const step::Model& model, const Plan& plan, const Question& q, FitTrial& trial) {
+  for (const Tier tier : {Tier::kDisk, Tier::kHost}) {
+    if (plan.room.of(tier) == 0) continue;
+    Question more = q;
+    (tier == Tier::kDisk ? more.room.disk_bytes : more.room.host_bytes) = int64_t{1} << 60;
+    if (anything_that_fits(model, plan.options, more, trial)) return tier;
+  }
+  return Tier::kDevice;
+}
+
+const char* kind_words(ops::Kind kind) { return kind == ops::Kind::kOptimizer ? "optimizer states" : ops::name_of(kind); }
+
+// As a recipe takes it, rounded up.
+std::string in_gib(int64_t bytes) {
+  constexpr int64_t kMiB = int64_t{1} << 20, kGiB = int64_t{1} << 30;
+  return bytes < kGiB ? fmt::format("{}MiB", ceil_div(bytes, kMiB)) : fmt::format("{}GiB", ceil_div(bytes, kGiB));
+}
+
+// --- what would have to change
+
+std::string advice(const Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, Tier tier, int64_t needed) {
+  std::vector<std::string> ways;
+  const step::Model model(spec);
+  const int64_t ranks_here = ranks_on_machine(machine, world);
+  const auto fits = [&](const Plan& p, const recipe::Recipe& with) {
+    FitTrial trial;
+    return anything_that_fits(model, p.options, question(p, with, machine), trial).has_value();
+  };
+  if (tier == Tier::kHost && plan.room.disk_bytes == 0) {
+    Question q = question(plan, r, machine);
+    q.room.disk_bytes = 1;  // any
+    FitTrial trial;
+    if (const auto c = with_least(model, plan.options, q, Tier::kDisk, trial)) ways.push_back(fmt::format("keep them on a disk with memory.disk, {} of it", format_bytes(c->bytes[2] * ranks_here)));
+  }
+  if (tier == Tier::kHost && r.memory_host_bytes > 0) ways.push_back(fmt::format("memory.host={}", in_gib(needed * ranks_here)));
+  if (tier == Tier::kDisk) ways.push_back(r.memory_disk_bytes > 0 ? fmt::format("memory.disk_size={}", in_gib(needed * ranks_here)) : "a folder on a larger disk in memory.disk");
+  if (tier == Tier::kDevice && machine.cuda && plan.room.disk_bytes == 0 && plan.room.host_bytes == 0) ways.push_back("give host memory with memory.host, or a disk with memory.disk");
+  if (r.master_weights != "split" && plan.options.dtype == Dtype::kBf16) {
+    Plan split = plan;
+    split.options.split_master = true;
+    if (fits(split, r)) ways.push_back("memory.master_weights=split");
+  }
+  const bool ranks_bring_memory = machine.cuda || r.memory_device_bytes > 0;
+  for (int64_t more = 2; ranks_bring_memory && plan.mesh.P * more <= spec.N; more *= 2) {
+    recipe::Recipe wider = r;
+    wider.sequence_parallel_size = plan.mesh.P * more;
+    const Plan p = sized(wider, spec, machine, world * more, plan.max_length);
+    if (!fits(p, wider)) continue;
+    ways.push_back(fmt::format("sequence_parallel_size={} on {} ranks", wider.sequence_parallel_size, world * more));
+    break;
+  }
+  const int64_t longest = longest_that_fits(r, spec, machine, world, plan.room.device_bytes);
+  if (longest > 0) ways.push_back(fmt::format("data.max_length={}", longest));
+  else ways.push_back("not even 256 tokens fit: use more ranks or a smaller model");
+  return fmt::format("{}", fmt::join(ways, ", or "));
+}
+
+}  // namespace
+
+Largest largest_kind(const Price& price, Tier tier) {
+  Largest most;
+  for (int k = 0; k < ops::kNumKinds; ++k) {
+    const int64_t bytes = price.of(tier).run_by_kind[static_cast<size_t>(k)] + price.of(tier).peak_by_kind[static_cast<size_t>(k)];
+    if (bytes > most.bytes) most = {static_cast<ops::Kind>(k), bytes};
+  }
+  return most;
+}
+
+Longest find_longest(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t most, int64_t unit, int64_t from) {
+  Longest found;
+  FitTrial trial;
+  const step::Model model(spec);
+  if (spec.sliding_window > 0) most = std::min(most, spec.sliding_window);
+  // Without its places: these have gaps.
+  const auto fitting = [&](int64_t n, Plan& plan) {
+    plan = sized(r, spec, machine, world, n);
+    return anything_that_fits(model, plan.options, question(plan, r, machine), trial);
+  };
+  Plan plan;
+  double part = 1;
+  for (int64_t n = largest_about(most, unit, from, [&](int64_t tokens) { return fitting(tokens, plan).has_value(); }); n > 0; n = std::min(n - unit, static_cast<int64_t>(part * static_cast<double>(n)) / unit * unit)) {
+    part = 0.998;
+    plan = sized(r, spec, machine, world, n);
+    const Question q = question(plan, r, machine);
+    std::optional<PlacedCandidate> least = least_with_places(model, plan.options, q, trial);
+    if (!least) continue;
+    for (size_t t = 0; t < least->over.size(); ++t)
+      if (least->over[t] > 0) part = std::min(part, 1 - static_cast<double>(least->over[t]) / static_cast<double>(least->price.total_bytes(static_cast<Tier>(t))));
+    if (*std::max_element(least->over.begin(), least->over.end()) > 0) continue;
+    plan.price = std::move(least->price);
+    found.max_length = n;
+    if (n + unit <= most) {
+      // Where a little more fits but for its places, it is the device's.
+      const Plan longer = sized(r, spec, machine, world, std::min(most, std::max(n + unit, n / 100 * 102)));
+      const Question ask = question(longer, r, machine);
+      found.limit = anything_that_fits(model, longer.options, ask, trial) ? Tier::kDevice : short_tier(model, longer, ask, trial);
+    }
+    const Tier tier = found.limit.value_or(Tier::kDevice);
+    const Largest largest = largest_kind(plan.price, tier);
+    found.kind = largest.kind, found.kind_bytes = largest.bytes;
+    found.bytes = plan.price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0), found.room_bytes = plan.room.of(tier);
+    break;
+  }
+  found.pricings += trial.pricings;
+  return found;
+}
+
+int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes) {
+  recipe::Recipe with_budget = r;
+  with_budget.memory_device_bytes = budget_bytes;
+  const int64_t most = r.data.max_length > 0 ? r.data.max_length : r.data.max_length == recipe::kAutoLength ? kLongestAsked : spec.max_positions;
+  return find_longest(with_budget, spec, machine, world, most, 256, most).max_length;
+}
+
+std::string why_not(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
+  const step::Model model(spec);
+  const Question q = question(plan, r, machine);
+  Tier tier = Tier::kDevice;
+  for (const Tier one : {Tier::kDisk, Tier::kHost, Tier::kDevice}) {
+    if (plan.room.of(one) == 0) continue;
+    FitTrial trial;
+    const std::optional<Candidate> c = with_least(model, plan.options, q, one, trial);
+    if (!c) continue;
+    tier = one;
+    plan.options = c->options, plan.seconds = c->seconds, plan.states_words = c->words;
+    plan.price = price_with_places(model, plan.options, q.rates);
+    // More room here helps only where the device's places have none to spare.
+    if (one == Tier::kDevice || excess(plan.price, q)[0] <= 0) break;
+  }
+  const int64_t needed = plan.price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0);
+  const Largest largest = largest_kind(plan.price, tier);
+  const std::string who = tier == Tier::kDevice && machine.cuda ? "on each GPU" : plan.mesh.W == 1 ? "for the one rank" : "for each rank";
+  return fmt::format("{}needs {} {}, {} free: {} are {}; {}", tier == Tier::kDevice ? "" : tier == Tier::kHost ? "host memory: " : "disk: ", format_bytes(needed), who, format_bytes(plan.room.of(tier)), format_bytes(largest.bytes),
+                     kind_words(largest.kind), advice(plan, r, spec, machine, world, tier, needed));
+}
+
+}  // namespace uly::plan
