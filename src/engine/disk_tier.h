@@ -29,6 +29,8 @@ class DiskTier {
   void write(int64_t place, const std::byte* from, int64_t bytes);
   void read(int64_t place, std::byte* to, int64_t bytes);
 
+  int64_t held_bytes() const { return disk_ ? disk_->held_bytes() : 0; }
+
  private:
   std::byte* piece(int64_t i) const { return ring_ + i * kPieceBytes; }
 

@@ -67,6 +67,35 @@ kernels::Matrix Engine::matrix(const ops::Buffer& b) const {
   return {.data = address(b), .dtype = b.dtype, .rows = b.rows, .columns = b.columns, .stride = b.stride};
 }
 
+std::array<int64_t, ops::kNumTiers> Engine::held_bytes() const {
+  std::array<int64_t, ops::kNumTiers> bytes = step_bytes_;
+  for (size_t t = 0; t < bytes.size(); ++t) bytes[t] += run_places_.arena_bytes[t];
+  return bytes;
+}
+
+std::vector<int64_t> Engine::documents(int64_t S) const {
+  const std::vector<int64_t>& starts = batch_.document_starts;
+  ULY_CHECK(!starts.empty() && starts.back() == S, "document starts end with the sequence");
+  if (!rehearsal_) return starts;
+  return {0, std::min(starts[1], kRehearsedDocument)};
+}
+
+bool Engine::cut(Map map, const ops::Buffer& matrix, std::initializer_list<ops::Buffer*> operands, ops::Buffer* result) {
+  if (!rehearsal_) return true;
+  const bool first = rehearsed_.emplace(map, matrix.life, matrix.id, matrix.offset).second;
+  for (ops::Buffer* b : operands) *b = b->row_range(0, std::min(b->rows, kRehearsedRows));
+  if (result) {
+    const ops::Buffer whole = *result;
+    *result = whole.row_range(0, first ? std::min(whole.rows, kRehearsedRows) : 0);
+    zero_from(whole, result->rows);
+  }
+  return first;
+}
+
+void Engine::zero_from(const ops::Buffer& b, int64_t row) {
+  if (row < b.rows) zero(b.row_range(row, b.rows - row));
+}
+
 double Engine::scalar(const ops::Buffer& b) {
   ULY_CHECK(b.dtype == Dtype::kF64 && b.elements() == 1 && b.tier == ops::Tier::kDevice, "a scalar is one fp64");
   double value = 0;
@@ -77,6 +106,7 @@ double Engine::scalar(const ops::Buffer& b) {
 void Engine::mark(std::string_view where, int64_t layer) {
   where_ = where;
   layer_ = layer;
+  rehearsed_.clear();
 }
 
 std::string Engine::where() const { return layer_ < 0 ? where_ : fmt::format("{}, layer {}", where_, layer_); }
@@ -84,10 +114,6 @@ std::string Engine::where() const { return layer_ < 0 ? where_ : fmt::format("{}
 ops::Event Engine::started(std::function<void()> wait) {
   waits_.push_back(std::move(wait));
   return {static_cast<int32_t>(waits_.size()) - 1};
-}
-
-ops::Event Engine::started(comm::Work work) {
-  return started([shared = std::make_shared<comm::Work>(std::move(work))] { shared->wait(); });
 }
 
 void Engine::wait(ops::Event event) {

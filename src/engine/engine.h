@@ -5,15 +5,20 @@
 // Memory      in each tier two arenas, of what lives as long as the run and of one step; what besides is in docs/design.md
 // Threads     the launching thread, which on a GPU never waits between begin_step and finish, except for exchanges between
 //             ranks that go through host memory; one for moves to and from the disk, one for updates on the host
+// Rehearsal   All runs whole but linear maps and attention: of the former the first kRehearsedRows tokens are computed, once where
+//             they go tile by tile, of the latter a first document of at most kRehearsedDocument; the rest of what they write is zero.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "comm/group.h"
@@ -43,7 +48,9 @@ struct UpdateData {
 
 class Engine : public ops::Ops {
  public:
-  Engine(comm::Group& world, comm::Group& sequence) : world_(world), sequence_(sequence) {}
+  static constexpr int64_t kRehearsedRows = 64, kRehearsedDocument = 256;
+
+  Engine(comm::Group& world, comm::Group& sequence, bool rehearsal = false) : world_(world), sequence_(sequence), rehearsal_(rehearsal) {}
 
   // Gets the memory that lives as long as the run; then the program that makes it is run once.
   void begin_run(const ops::Places& places);
@@ -53,7 +60,8 @@ class Engine : public ops::Ops {
   void reserve_step(const ops::Places& largest);
   void set_update(const UpdateData& update) { update_ = update; }
 
-  // Time by kind of work since the last call, after finish(); nothing unless asked for by time(true) on a GPU.
+  // Time by kind of work since the last call, after finish(); nothing unless asked for by time(true). On the CPU of what is done
+  // beside the launching thread only: to_host, to_device, disk, host_update; exchange is what that thread waited for.
   virtual void time(bool) {}
   virtual std::map<std::string, double> seconds() { return {}; }
   // Returns when all that was started has been done: what failed on the way is thrown here at the latest.
@@ -68,6 +76,8 @@ class Engine : public ops::Ops {
   int64_t peak_placed_bytes() const { return peak_placed_; }
   // Bytes of the step's arena that were touched, as far as it is known.
   virtual int64_t touched_step_bytes() const { return peak_placed_; }
+  // Bytes of each tier that the system has given to the arenas; where it does not say, what was asked for.
+  virtual std::array<int64_t, ops::kNumTiers> held_bytes() const;
   std::string where() const;  // "MLP backward, layer 17"
 
   ops::Buffer make(int64_t rows, int64_t columns, Dtype dtype, ops::Kind kind, std::string_view what, ops::Life life, ops::Tier tier) override;
@@ -88,8 +98,14 @@ class Engine : public ops::Ops {
   comm::Group& group(ops::Group which) { return which == ops::Group::kWorld ? world_ : sequence_; }
   // An event that has happened when `wait` returns.
   ops::Event started(std::function<void()> wait);
-  ops::Event started(comm::Work work);
   const BatchData& batch() const { return batch_; }
+  // Where the documents start that attention computes, of S tokens in all.
+  std::vector<int64_t> documents(int64_t S) const;
+  // Cuts what has a row a token to the rows that are computed of a linear map, and empties those of its result that are not. False
+  // where there are none. `matrix`: the weight, or its gradient, by which tiles know each other.
+  enum class Map : uint8_t { kLinear, kLinearAdd, kDx, kDw };
+  bool cut(Map map, const ops::Buffer& matrix, std::initializer_list<ops::Buffer*> operands, ops::Buffer* result = nullptr);
+  void zero_from(const ops::Buffer& b, int64_t row);
   kernels::AdamwArgs adamw_args(const ops::Buffer& weight, const ops::Buffer& master, const ops::Buffer& m, const ops::Buffer& v, const ops::Buffer& gradient, const ops::Buffer& norm, const ops::Buffer& loss,
                                 const ops::UpdateRange& range) const;
 
@@ -108,6 +124,8 @@ class Engine : public ops::Ops {
   int64_t alive_ = 0, peak_alive_ = 0, peak_placed_ = 0;
   std::string where_;
   int64_t layer_ = -1;
+  bool rehearsal_;
+  std::set<std::tuple<Map, ops::Life, int32_t, int64_t>> rehearsed_;  // linear maps since the last mark
 };
 
 // The column ranges of every rank's block in a packed buffer of `rows` rows a block.

@@ -13,13 +13,16 @@ namespace uly::engine {
 struct CpuOptions {
   std::vector<std::string> disk_folders;  // where the tier beyond host memory lies
   uint64_t delays = 0;                    // for tests: seed of random pauses in all that happens beside the launching thread
+  bool rehearsal = false;                 // see Engine
 };
 
 struct CudaOptions {
   int device = 0;                // as CUDA counts the visible ones
   int64_t scratch_bytes = 0;     // for kernels that sum over rows
   bool deterministic = false;    // the same bits in every run
+  bool rehearsal = false;        // see Engine
   std::vector<std::string> disk_folders;  // where the tier beyond host memory lies
+  int host_threads = 0;          // that touch host memory first; 0: one a core
   // What to tell where so many bytes turn out to be all there are: who has the rest, the longest that fits.
   std::function<std::string(int64_t bytes)> advice;
 };

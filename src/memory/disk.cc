@@ -237,6 +237,15 @@ void Disk::make_file(const std::string& folder, int64_t bytes, std::string& rema
   if (bytes > 0 && !reserve(file.fd, folder, bytes, faults_.no_fallocate)) remarks += fmt::format(", room in {} not reserved (its file system cannot)", folder);
 }
 
+int64_t Disk::held_bytes() const {
+  constexpr int64_t kUnit = 512;  // of st_blocks, whatever the file system's blocks are
+  int64_t bytes = 0;
+  struct stat s;
+  for (const File& file : files_)
+    if (::fstat(file.fd, &s) == 0) bytes += static_cast<int64_t>(s.st_blocks) * kUnit;
+  return bytes;
+}
+
 void Disk::start_write(int64_t offset, const std::byte* from, int64_t bytes, uint64_t tag) { start(true, offset, const_cast<std::byte*>(from), bytes, tag); }
 void Disk::start_read(int64_t offset, std::byte* to, int64_t bytes, uint64_t tag) { start(false, offset, to, bytes, tag); }
 

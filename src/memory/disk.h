@@ -45,6 +45,7 @@ class Disk {
   bool busy() const { return !finished_.empty() || free_.size() < pieces_.size(); }  // complete() has something to return
 
   int64_t bytes() const { return bytes_; }
+  int64_t held_bytes() const;  // of the disks, as their file systems count them
   const std::string& words() const { return words_; }  // "40.0 GiB in /scratch, O_DIRECT, io_uring"
 
  private:

@@ -4,7 +4,6 @@
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
 
-#include "base/check.h"
 #include "engine/cpu/cpu_engine.h"
 
 namespace uly::engine {
@@ -27,8 +26,7 @@ struct Views {
 
 // Calls f(views, span) for every document and span.
 template <typename F>
-void for_documents(const std::vector<int64_t>& starts, const ops::Heads& h, int64_t S, F&& f) {
-  ULY_CHECK(!starts.empty() && starts.back() == S, "document starts end with the sequence");
+void for_documents(const std::vector<int64_t>& starts, const ops::Heads& h, F&& f) {
   const std::vector<ops::HeadSpan> all = ops::head_spans(h, INT64_MAX);
   for (size_t d = 0; d + 1 < starts.size(); ++d)
     for (const ops::HeadSpan& span : all)
@@ -40,7 +38,9 @@ void for_documents(const std::vector<int64_t>& starts, const ops::Heads& h, int6
 void CpuEngine::attention(ops::Buffer o_SnH, ops::Buffer lse_Sn, ops::Buffer qkv_S, ops::Buffer, const ops::Heads& h, const ops::AttentionSchedule&) {
   const at::Tensor qkv = tensor(qkv_S), o = tensor(o_SnH), lse = tensor(lse_Sn);
   const int64_t key_at = h.n * h.H, value_at = (h.n + h.k) * h.H;
-  for_documents(batch().document_starts, h, qkv_S.rows, [&](const Views& rows, const ops::HeadSpan& span) {
+  const std::vector<int64_t> starts = documents(qkv_S.rows);
+  zero_from(o_SnH, starts.back()), zero_from(lse_Sn, starts.back());
+  for_documents(starts, h, [&](const Views& rows, const ops::HeadSpan& span) {
     const at::Tensor q = rows.queries(qkv, span, 0);
     const at::Tensor k = rows.keys(qkv, span, key_at).expand(q.sizes()), v = rows.keys(qkv, span, value_at).expand(q.sizes());
     const auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, /*is_causal=*/true);
@@ -54,7 +54,9 @@ void CpuEngine::attention_grad(ops::Buffer dqkv_S, ops::Buffer do_SnH, ops::Buff
   const int64_t key_at = h.n * h.H, value_at = (h.n + h.k) * h.H;
   // Spans of one key-value head write disjoint columns except where uneven spans share none: each local key-value head
   // belongs to exactly one span, so gradients are written, not added.
-  for_documents(batch().document_starts, h, qkv_S.rows, [&](const Views& rows, const ops::HeadSpan& span) {
+  const std::vector<int64_t> starts = documents(qkv_S.rows);
+  zero_from(dqkv_S, starts.back());
+  for_documents(starts, h, [&](const Views& rows, const ops::HeadSpan& span) {
     const at::Tensor q = rows.queries(qkv, span, 0);
     const at::Tensor k = rows.keys(qkv, span, key_at).expand(q.sizes()), v = rows.keys(qkv, span, value_at).expand(q.sizes());
     const auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(rows.queries(d_o, span, 0), q, k, v, rows.queries(o, span, 0), rows.lse(lse, span), 0.0, /*is_causal=*/true);

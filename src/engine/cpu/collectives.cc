@@ -20,15 +20,15 @@ void CpuEngine::unpack_columns(ops::Buffer x, ops::Buffer received, const ops::C
 }
 
 ops::Event CpuEngine::all_to_all(ops::Buffer received, ops::Buffer send, ops::Group which, const std::vector<int64_t>& receive_elements, const std::vector<int64_t>& send_elements) {
-  return started(group(which).all_to_all(address(received), address(send), in_bytes(receive_elements, received.dtype), in_bytes(send_elements, send.dtype)));
+  return exchange(group(which).all_to_all(address(received), address(send), in_bytes(receive_elements, received.dtype), in_bytes(send_elements, send.dtype)));
 }
 
-ops::Event CpuEngine::all_gather(ops::Buffer whole, ops::Buffer shard, ops::Group which) { return started(group(which).all_gather(address(whole), address(shard), shard.bytes())); }
+ops::Event CpuEngine::all_gather(ops::Buffer whole, ops::Buffer shard, ops::Group which) { return exchange(group(which).all_gather(address(whole), address(shard), shard.bytes())); }
 
 ops::Event CpuEngine::scatter(ops::Buffer received, ops::Buffer whole, ops::Group which) {
   const int64_t ranks = group(which).size();
   const std::vector<int64_t> each(static_cast<size_t>(ranks), whole.bytes() / ranks);
-  return started(group(which).all_to_all(address(received), address(whole), each, each));
+  return exchange(group(which).all_to_all(address(received), address(whole), each, each));
 }
 
 void CpuEngine::sum_pieces(ops::Buffer shard, ops::Buffer received, int64_t pieces) {
@@ -38,7 +38,7 @@ void CpuEngine::sum_pieces(ops::Buffer shard, ops::Buffer received, int64_t piec
 
 ops::Event CpuEngine::all_reduce(ops::Buffer x, ops::Group which) {
   ULY_CHECK(x.dtype == Dtype::kF64, "sums over ranks are fp64");
-  return started(group(which).all_reduce_sum(static_cast<double*>(address(x)), x.elements()));
+  return exchange(group(which).all_reduce_sum(static_cast<double*>(address(x)), x.elements()));
 }
 
 }  // namespace uly::engine

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/from_blob.h>
 
+#include <chrono>
 #include <cstring>
 
 #include "base/check.h"
@@ -28,7 +29,7 @@ at::ScalarType scalar_type(Dtype dtype) {
 }  // namespace
 
 CpuEngine::CpuEngine(comm::Group& world, comm::Group& sequence, const CpuOptions& options)
-    : Engine(world, sequence),
+    : Engine(world, sequence, options.rehearsal),
       ring_(DiskTier::kPieces * DiskTier::kPieceBytes),
       run_disk_(options.disk_folders, ring_.base(), &copy_bytes),
       step_disk_(options.disk_folders, ring_.base(), &copy_bytes),
@@ -66,8 +67,32 @@ void CpuEngine::write(const ops::Buffer& b, const void* host) {
   std::memcpy(address(b), host, static_cast<size_t>(b.bytes()));
 }
 
-ops::Event CpuEngine::started_by(Worker& worker, std::function<void()> task) {
-  return started([done = worker.run(std::move(task))] { done.get(); });
+std::array<int64_t, ops::kNumTiers> CpuEngine::held_bytes() const {
+  const auto touched = [&](ops::Tier tier) { return run_arenas_[static_cast<size_t>(tier)].touched_bytes() + step_arenas_[static_cast<size_t>(tier)].touched_bytes(); };
+  return {touched(ops::Tier::kDevice), touched(ops::Tier::kHost), run_disk_.held_bytes() + step_disk_.held_bytes()};
+}
+
+std::map<std::string, double> CpuEngine::seconds() {
+  constexpr std::array<const char*, 5> kNames = {"to_host", "to_device", "disk", "host_update", "exchange"};
+  std::map<std::string, double> sums;
+  for (size_t i = 0; i < kNames.size(); ++i)
+    if (const int64_t n = nanoseconds_[i].exchange(0); n > 0) sums[kNames[i]] = static_cast<double>(n) / 1e9;
+  return sums;
+}
+
+void CpuEngine::timed(Aside kind, const std::function<void()>& task) {
+  if (!timed_) return task();
+  const auto begin = std::chrono::steady_clock::now();
+  task();
+  nanoseconds_[static_cast<size_t>(kind)] += std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin).count();
+}
+
+ops::Event CpuEngine::started_by(Worker& worker, Aside kind, std::function<void()> task) {
+  return started([done = worker.run([this, kind, task = std::move(task)] { timed(kind, task); })] { done.get(); });
+}
+
+ops::Event CpuEngine::exchange(comm::Work work) {
+  return started([this, shared = std::make_shared<comm::Work>(std::move(work))] { timed(Aside::kExchange, [&] { shared->wait(); }); });
 }
 
 ops::Event CpuEngine::move(ops::Buffer y, ops::Buffer x) {
@@ -77,12 +102,13 @@ ops::Event CpuEngine::move(ops::Buffer y, ops::Buffer x) {
     const ops::Buffer& there = write ? y : x;
     DiskTier* disk = &disk_of(there);
     auto* here = static_cast<std::byte*>(address(write ? x : y));
-    return started_by(disk_, [=, place = place_bytes(there)] {
+    return started_by(disk_, Aside::kDisk, [=, place = place_bytes(there)] {
       if (write) disk->write(place, here, bytes);
       else disk->read(place, here, bytes);
     });
   }
-  return started_by(y.tier == ops::Tier::kHost ? to_host_ : to_device_, [to = address(y), from = address(x), bytes] { std::memcpy(to, from, static_cast<size_t>(bytes)); });
+  const bool leaves = y.tier == ops::Tier::kHost;
+  return started_by(leaves ? to_host_ : to_device_, leaves ? Aside::kToHost : Aside::kToDevice, [to = address(y), from = address(x), bytes] { std::memcpy(to, from, static_cast<size_t>(bytes)); });
 }
 
 at::Tensor CpuEngine::tensor(const ops::Buffer& b) const {

@@ -5,6 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
+
 #include "engine/disk_tier.h"
 #include "engine/engine.h"
 #include "engine/make.h"
@@ -21,7 +23,10 @@ class CpuEngine final : public Engine {
 
   void read(void* host, const ops::Buffer& b) override;
   void write(const ops::Buffer& b, const void* host) override;
+  void time(bool on) override { timed_ = on; }
+  std::map<std::string, double> seconds() override;
   int64_t touched_step_bytes() const override { return step_arenas_[0].touched_bytes(); }
+  std::array<int64_t, ops::kNumTiers> held_bytes() const override;
 
   void zero(ops::Buffer y) override;
   void copy(ops::Buffer y, ops::Buffer x) override;
@@ -63,12 +68,17 @@ class CpuEngine final : public Engine {
   DiskTier& disk_of(const ops::Buffer& b) { return b.life == ops::Life::kRun ? run_disk_ : step_disk_; }
 
   // Done by a worker: asynchronous as on a GPU, so that what would go wrong there goes wrong here.
-  ops::Event started_by(Worker& worker, std::function<void()> task);
+  enum class Aside : uint8_t { kToHost, kToDevice, kDisk, kHostUpdate, kExchange };
+  ops::Event started_by(Worker& worker, Aside kind, std::function<void()> task);
+  ops::Event exchange(comm::Work work);
+  void timed(Aside kind, const std::function<void()>& task);
 
   std::array<memory::Arena, 2> run_arenas_, step_arenas_;  // of device and host tier
   memory::Arena ring_;
   DiskTier run_disk_, step_disk_;
-  Worker to_host_, to_device_, disk_, host_;
+  std::atomic<bool> timed_ = false;
+  std::array<std::atomic<int64_t>, 5> nanoseconds_{};  // by Aside
+  Worker to_host_, to_device_, disk_, host_;           // last: they end before what they use
 };
 
 }  // namespace uly::engine

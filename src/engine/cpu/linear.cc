@@ -1,5 +1,5 @@
 // Linear maps on the CPU: fp32 straight through BLAS into the given buffers; bf16 on fp32 copies of row tiles, with one
-// rounding of the result.
+// rounding of the result. Of a rehearsal the first rows only.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 
@@ -22,6 +22,7 @@ at::Tensor fp32(const at::Tensor& t) { return t.to(at::kFloat); }
 }  // namespace
 
 void CpuEngine::linear(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI) {
+  if (!cut(Map::kLinear, w_OI, {&x_tI}, &y_tO)) return;
   at::Tensor y = tensor(y_tO);
   const at::Tensor x = tensor(x_tI), w = tensor(w_OI);
   if (!bf16(x)) {
@@ -33,6 +34,7 @@ void CpuEngine::linear(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI) {
 }
 
 void CpuEngine::linear_add(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI, ops::Buffer r_tO) {
+  if (!cut(Map::kLinearAdd, w_OI, {&x_tI, &r_tO}, &y_tO)) return;
   at::Tensor y = tensor(y_tO);
   const at::Tensor x = tensor(x_tI), w = tensor(w_OI), r = tensor(r_tO);
   if (!bf16(x)) {
@@ -44,6 +46,7 @@ void CpuEngine::linear_add(ops::Buffer y_tO, ops::Buffer x_tI, ops::Buffer w_OI,
 }
 
 void CpuEngine::linear_dx(ops::Buffer dx_tI, ops::Buffer dy_tO, ops::Buffer w_OI) {
+  if (!cut(Map::kDx, w_OI, {&dy_tO}, &dx_tI)) return;
   at::Tensor dx = tensor(dx_tI);
   const at::Tensor dy = tensor(dy_tO), w = tensor(w_OI);
   if (!bf16(dy)) {
@@ -55,6 +58,7 @@ void CpuEngine::linear_dx(ops::Buffer dx_tI, ops::Buffer dy_tO, ops::Buffer w_OI
 }
 
 void CpuEngine::linear_dw(ops::Buffer dw_OI, ops::Buffer dy_tO, ops::Buffer x_tI, bool add) {
+  if (!cut(Map::kDw, dw_OI, {&dy_tO, &x_tI})) return;
   at::Tensor dw = tensor(dw_OI);
   const at::Tensor dy = tensor(dy_tO), x = tensor(x_tI);
   if (!bf16(dy)) {

@@ -19,7 +19,7 @@ void CpuEngine::squared_norm(ops::Buffer total, ops::Buffer x) {
 ops::Event CpuEngine::adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range) {
   const kernels::AdamwArgs args = adamw_args(weight, master, m, v, gradient, norm, loss, range);
   const auto update = [args] { at::parallel_for(0, args.count, 32768, [&](int64_t begin, int64_t end) { kernels::cpu::adamw(args, begin, end); }); };
-  if (m.tier == ops::Tier::kHost) return started_by(host_, update);
+  if (m.tier == ops::Tier::kHost) return started_by(host_, Aside::kHostUpdate, update);
   update();
   return {};
 }

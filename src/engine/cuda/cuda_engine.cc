@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-
-#include <ATen/Parallel.h>
+#include <thread>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -13,8 +12,22 @@
 #include "engine/cuda/flash.h"
 
 namespace uly::engine::cuda {
+namespace {
 
-CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOptions& options) : Engine(world, sequence), options_(options) {
+// Host memory is registered by so many bytes: CUDA's drivers have refused 512 GiB at once, and refuse copies that lie in two
+// registrations.
+constexpr int64_t kRegisteredBytes = int64_t{64} << 30;
+
+// As far as it is registered.
+void unregister(const memory::HostArena& arena) {
+  for (int64_t at = 0; at < arena.bytes() && cudaHostUnregister(arena.base() + at) == cudaSuccess; at += kRegisteredBytes) {
+  }
+  cudaGetLastError();
+}
+
+}  // namespace
+
+CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOptions& options) : Engine(world, sequence, options.rehearsal), options_(options) {
   check(cudaSetDevice(options.device), fmt::format("GPU {}", options.device).c_str());
   for (cudaStream_t* stream : {&stream_, &to_host_, &to_device_, &disk_stream_}) check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "a stream");
   gemm_workspace_ = Memory(Place::kDevice, ops::kGemmWorkspaceBytes);
@@ -24,9 +37,9 @@ CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOpti
 }
 
 CudaEngine::~CudaEngine() {
-  cudaStreamSynchronize(stream_);
+  for (cudaStream_t stream : {stream_, to_host_, to_device_, disk_stream_}) cudaStreamSynchronize(stream);
   disk_.reset(), host_.reset();
-  for (memory::HostArena* arena : {&run_host_, &step_host_}) release_host(*arena);
+  for (HostMemory* host : {&run_host_, &step_host_}) release_host(*host);
   attention_.reset();
   gemm_.reset();
   for (cudaEvent_t e : events_) cudaEventDestroy(e);
@@ -34,13 +47,16 @@ CudaEngine::~CudaEngine() {
 }
 
 std::byte* CudaEngine::reserve(ops::Life life, ops::Tier tier, int64_t bytes) {
-  if (tier == ops::Tier::kHost) return reserve_host(life, bytes);
-  if (tier == ops::Tier::kDisk) {
-    reserve_disk(life, bytes);
-    return nullptr;
-  }
-  Memory& memory = life == ops::Life::kRun ? run_ : step_;
   finish();
+  if (tier == ops::Tier::kDevice) return reserve_device(life, bytes);
+  if (tier == ops::Tier::kHost) return reserve_host(life, bytes);
+  if (!disk_) disk_.emplace(options_.disk_folders, stream_, disk_stream_);
+  disk_->reserve(life, bytes);
+  return nullptr;
+}
+
+std::byte* CudaEngine::reserve_device(ops::Life life, int64_t bytes) {
+  Memory& memory = life == ops::Life::kRun ? run_ : step_;
   memory = Memory();
   size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for free memory");
@@ -54,35 +70,23 @@ std::byte* CudaEngine::reserve(ops::Life life, ops::Tier tier, int64_t bytes) {
   return memory.base();
 }
 
-void CudaEngine::release_host(memory::HostArena& arena) {
-  if (arena.base() != nullptr && cudaHostUnregister(arena.base()) != cudaSuccess) cudaGetLastError();  // it may have been refused
-  arena = memory::HostArena();
-}
-
 std::byte* CudaEngine::reserve_host(ops::Life life, int64_t bytes) {
-  memory::HostArena& arena = life == ops::Life::kRun ? run_host_ : step_host_;
-  finish();
-  release_host(arena);
-  arena = memory::HostArena(bytes, at::get_num_threads());
-  if (const cudaError_t error = cudaHostRegister(arena.base(), static_cast<size_t>(arena.bytes()), cudaHostRegisterDefault); error != cudaSuccess) {
-    cudaGetLastError();
-    say("host memory: {} cannot be locked for the GPU ({}): copies to it will be slower and hold up the launching thread; `ulimit -l unlimited` allows it", format_bytes(bytes), cudaGetErrorString(error));
-  }
-  return arena.base();
+  HostMemory& host = host_of(life);
+  release_host(host);
+  host.arena = memory::HostArena(bytes, options_.host_threads > 0 ? options_.host_threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+  cudaError_t error = cudaSuccess;
+  for (int64_t at = 0; at < host.arena.bytes() && error == cudaSuccess; at += kRegisteredBytes)
+    error = cudaHostRegister(host.arena.base() + at, static_cast<size_t>(std::min(kRegisteredBytes, host.arena.bytes() - at)), cudaHostRegisterDefault);
+  host.locked = error == cudaSuccess;
+  if (host.locked) return host.arena.base();
+  unregister(host.arena);
+  say("host memory: {} cannot be locked for the GPU ({}): copies to it are slower and hold up the launching thread; `ulimit -l unlimited` may allow it", format_bytes(bytes), cudaGetErrorString(error));
+  return host.arena.base();
 }
 
-void CudaEngine::reserve_disk(ops::Life life, int64_t bytes) {
-  if (!disk_) {
-    ring_ = Memory(Place::kHost, DiskTier::kPieces * DiskTier::kPieceBytes);
-    disk_.emplace(options_.device, stream_);
-    for (std::optional<DiskTier>* disk : {&run_disk_, &step_disk_})
-      disk->emplace(options_.disk_folders, ring_.base(), [stream = disk_stream_](std::byte* to, const std::byte* from, int64_t n) {
-        check(cudaMemcpyAsync(to, from, static_cast<size_t>(n), cudaMemcpyDefault, stream), "copy between the disk's ring and a tier");
-        check(cudaStreamSynchronize(stream), "copy between the disk's ring and a tier");
-      });
-  }
-  finish();
-  (life == ops::Life::kRun ? run_disk_ : step_disk_)->reserve(bytes);
+void CudaEngine::release_host(HostMemory& host) {
+  if (host.locked) unregister(host.arena);
+  host = HostMemory();
 }
 
 cudaEvent_t CudaEngine::next_event() {
@@ -99,26 +103,48 @@ ops::Event CudaEngine::pending(Pending p) {
   return {static_cast<int32_t>(pending_.size()) - 1};
 }
 
-ops::Event CudaEngine::move(ops::Buffer y, ops::Buffer x) {
-  const int64_t bytes = x.bytes();
-  if (y.tier == ops::Tier::kDisk || x.tier == ops::Tier::kDisk) {
-    const bool write = y.tier == ops::Tier::kDisk;
-    const ops::Buffer& there = write ? y : x;
-    auto* here = static_cast<std::byte*>(address(write ? x : y));
-    const uint32_t number = disk_->queue([disk = &disk_of(there), place = place_bytes(there), here, bytes, write] {
-      if (write) disk->write(place, here, bytes);
-      else disk->read(place, here, bytes);
-    });
-    return pending({.tasks = &*disk_, .number = number});
-  }
-  const bool out = y.tier == ops::Tier::kHost;
-  const cudaStream_t stream = out ? to_host_ : to_device_;
-  const cudaEvent_t begin = next_event(), end = next_event();
+void CudaEngine::begin_beside(cudaStream_t stream) {
+  const cudaEvent_t begin = next_event();
   check(cudaEventRecord(begin, stream_), "an event");
   check(cudaStreamWaitEvent(stream, begin), "an event");
-  check(cudaMemcpyAsync(address(y), address(x), static_cast<size_t>(bytes), out ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, stream), "copy between tiers");
+}
+
+ops::Event CudaEngine::end_beside(cudaStream_t stream) {
+  const cudaEvent_t end = next_event();
   check(cudaEventRecord(end, stream), "an event");
   return pending({.event = end});
+}
+
+ops::Event CudaEngine::move(ops::Buffer y, ops::Buffer x) {
+  ULY_CHECK(y.contiguous() && x.contiguous() && y.bytes() == x.bytes() && y.tier != x.tier, "a move is of the same bytes in another tier");
+  rethrow();
+  const int64_t bytes = x.bytes();
+  if (y.tier == ops::Tier::kDisk || x.tier == ops::Tier::kDisk) {
+    const bool out = y.tier == ops::Tier::kDisk;
+    const ops::Buffer& there = out ? y : x;
+    const ops::Buffer& here = out ? x : y;
+    auto* memory = static_cast<std::byte*>(address(here));
+    const Named named(out ? "move to disk" : "move from disk");
+    if (here.tier == ops::Tier::kHost) return pending({.tasks = &disk_->tasks(), .number = out ? disk_->host_to_disk(on_disk(there), memory, bytes) : disk_->disk_to_host(memory, on_disk(there), bytes)});
+    begin_beside(disk_stream_);
+    if (out) disk_->to_disk(on_disk(there), memory, bytes);
+    else disk_->from_disk(memory, on_disk(there), bytes);
+    return end_beside(disk_stream_);
+  }
+  const bool out = y.tier == ops::Tier::kHost;
+  const ops::Buffer& there = out ? y : x;
+  const cudaStream_t stream = out ? to_host_ : to_device_;
+  if (!host_of(there.life).locked) check(cudaStreamSynchronize(stream_), where().c_str());
+  begin_beside(stream);
+  {
+    const Range r(timers_, out ? Work::kToHost : Work::kToDevice, out ? "move to host" : "move to device", stream);
+    auto *to = static_cast<std::byte*>(address(y)), *from = static_cast<std::byte*>(address(x));
+    for (int64_t done = 0, n = 0; done < bytes; done += n) {
+      n = std::min(bytes - done, kRegisteredBytes - (place_bytes(there) + done) % kRegisteredBytes);
+      check(cudaMemcpyAsync(to + done, from + done, static_cast<size_t>(n), out ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, stream), "copy between tiers");
+    }
+  }
+  return end_beside(stream);
 }
 
 void CudaEngine::out_of_memory(int64_t bytes) {
@@ -130,37 +156,57 @@ void CudaEngine::out_of_memory(int64_t bytes) {
 }
 
 void CudaEngine::finish() {
-  check(cudaStreamSynchronize(stream_), where().c_str());
-  for (std::optional<Tasks>* tasks : {&disk_, &host_})
-    if (*tasks) (*tasks)->rethrow();
+  for (cudaStream_t stream : {stream_, to_host_, to_device_, disk_stream_}) check(cudaStreamSynchronize(stream), where().c_str());
+  if (disk_) disk_->tasks().finish();
+  if (host_) host_->finish();
   staged_used_ = 0;
+}
+
+void CudaEngine::rethrow() {
+  if (disk_) disk_->tasks().rethrow();
+  if (host_) host_->rethrow();
 }
 
 void CudaEngine::read(void* host, const ops::Buffer& b) {
   ULY_CHECK(b.contiguous(), "only whole rows are read");
-  if (b.tier != ops::Tier::kDevice) {
-    finish();
-    if (b.tier == ops::Tier::kHost) std::memcpy(host, address(b), static_cast<size_t>(b.bytes()));
-    else disk_->run([&] { disk_of(b).read(place_bytes(b), static_cast<std::byte*>(host), b.bytes()); });
+  finish();
+  if (b.tier == ops::Tier::kHost) {
+    std::memcpy(host, address(b), static_cast<size_t>(b.bytes()));
     return;
   }
-  check(cudaMemcpyAsync(host, address(b), static_cast<size_t>(b.bytes()), cudaMemcpyDeviceToHost, stream_), "copy to the host");
+  if (b.tier == ops::Tier::kDisk) disk_->disk_to_host(static_cast<std::byte*>(host), on_disk(b), b.bytes());
+  else check(cudaMemcpyAsync(host, address(b), static_cast<size_t>(b.bytes()), cudaMemcpyDeviceToHost, stream_), "copy to the host");
   finish();
 }
 
 void CudaEngine::write(const ops::Buffer& b, const void* host) {
   ULY_CHECK(b.contiguous(), "only whole rows are written");
-  if (b.tier != ops::Tier::kDevice) {
-    finish();
-    if (b.tier == ops::Tier::kHost) std::memcpy(address(b), host, static_cast<size_t>(b.bytes()));
-    else disk_->run([&] { disk_of(b).write(place_bytes(b), static_cast<const std::byte*>(host), b.bytes()); });
+  finish();
+  if (b.tier == ops::Tier::kHost) {
+    std::memcpy(address(b), host, static_cast<size_t>(b.bytes()));
     return;
   }
-  check(cudaMemcpyAsync(address(b), host, static_cast<size_t>(b.bytes()), cudaMemcpyHostToDevice, stream_), "copy to the GPU");
+  if (b.tier == ops::Tier::kDisk) disk_->host_to_disk(on_disk(b), static_cast<const std::byte*>(host), b.bytes());
+  else check(cudaMemcpyAsync(address(b), host, static_cast<size_t>(b.bytes()), cudaMemcpyHostToDevice, stream_), "copy to the GPU");
   finish();
 }
 
-std::map<std::string, double> CudaEngine::seconds() { return timers_.take(); }
+void CudaEngine::time(bool on) {
+  seconds();  // what came before counts for nobody
+  timers_.on = on;
+}
+
+std::map<std::string, double> CudaEngine::seconds() {
+  std::map<std::string, double> sums = timers_.take();
+  if (const double s = disk_ ? disk_->seconds() : 0; s > 0 && timers_.on) sums["disk"] = s;
+  if (const double s = host_ ? host_->seconds() : 0; s > 0 && timers_.on) sums["host_update"] = s;
+  return sums;
+}
+
+// Of the host every page has been touched.
+std::array<int64_t, ops::kNumTiers> CudaEngine::held_bytes() const {
+  return {run_.bytes() + step_.bytes(), run_host_.arena.bytes() + step_host_.arena.bytes(), disk_ ? disk_->held_bytes() : 0};
+}
 
 void CudaEngine::mark(std::string_view where, int64_t layer) {
   Engine::mark(where, layer);
@@ -205,35 +251,41 @@ void CudaEngine::load_batch(const ops::Buffer& table) {
 // --- linear maps
 
 void CudaEngine::linear(ops::Buffer y, ops::Buffer x, ops::Buffer w) {
+  if (!cut(Map::kLinear, w, {&x}, &y)) return;
   const Range r = range(Work::kGemm, "linear");
   gemm_->linear(matrix(y), matrix(x), matrix(w));
 }
 void CudaEngine::linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer w, ops::Buffer r_tO) {
+  if (!cut(Map::kLinearAdd, w, {&x, &r_tO}, &y)) return;
   const Range r = range(Work::kGemm, "linear_add");
   gemm_->linear_add(matrix(y), matrix(x), matrix(w), matrix(r_tO));
 }
 void CudaEngine::linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer w) {
+  if (!cut(Map::kDx, w, {&dy}, &dx)) return;
   const Range r = range(Work::kGemm, "linear_dx");
   gemm_->linear_dx(matrix(dx), matrix(dy), matrix(w));
 }
 void CudaEngine::linear_dw(ops::Buffer dw, ops::Buffer dy, ops::Buffer x, bool add) {
+  if (!cut(Map::kDw, dw, {&dy, &x})) return;
   const Range r = range(Work::kGemm, "linear_dw");
   gemm_->linear_dw(matrix(dw), matrix(dy), matrix(x), add);
 }
 
 // --- attention
 
-AttentionArgs CudaEngine::attention_args(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) {
+// Of the tokens of the documents that `starts` tells of.
+AttentionArgs CudaEngine::attention_args(const std::vector<int64_t>& starts, ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) {
+  for (ops::Buffer* b : {&o, &lse, &qkv}) *b = b->row_range(0, starts.back());
   AttentionArgs a{.qkv = matrix(qkv), .o = matrix(o), .lse = matrix(lse), .dqkv = {}, .d_o = {}, .workspace = matrix(workspace), .heads = heads, .schedule = schedule};
   if (!planned_) {  // once a batch: its documents are the same in every layer
     std::byte* at = static_cast<std::byte*>(address(table_)) + table_used_;
     if (schedule.backend == ops::AttentionBackend::kCudnn) {
-      const std::vector<std::byte> image = attention_->plan(batch().document_starts, a, at);
+      const std::vector<std::byte> image = attention_->plan(starts, a, at);
       ULY_CHECK(table_used_ + static_cast<int64_t>(image.size()) <= table_.bytes(), "the table of documents has room");
       send(at, image.data(), static_cast<int64_t>(image.size()));
     } else {
-      const std::vector<int32_t> starts(batch().document_starts.begin(), batch().document_starts.end());
-      send(at, starts.data(), static_cast<int64_t>(starts.size() * sizeof(int32_t)));
+      const std::vector<int32_t> in_words(starts.begin(), starts.end());
+      send(at, in_words.data(), static_cast<int64_t>(in_words.size() * sizeof(int32_t)));
     }
     planned_ = true;
   }
@@ -241,18 +293,22 @@ AttentionArgs CudaEngine::attention_args(ops::Buffer o, ops::Buffer lse, ops::Bu
 }
 
 void CudaEngine::attention(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) {
+  const std::vector<int64_t> starts = documents(qkv.rows);
+  zero_from(o, starts.back()), zero_from(lse, starts.back());
   const Range r = range(Work::kAttention, "attention");
-  const AttentionArgs a = attention_args(o, lse, qkv, workspace, heads, schedule);
+  const AttentionArgs a = attention_args(starts, o, lse, qkv, workspace, heads, schedule);
   if (schedule.backend == ops::AttentionBackend::kCudnn) attention_->forward(a);
-  else flash_forward(a, batch().document_starts, static_cast<std::byte*>(address(table_)) + table_used_, stream_, options_.device);
+  else flash_forward(a, starts, static_cast<std::byte*>(address(table_)) + table_used_, stream_, options_.device);
 }
 
 void CudaEngine::attention_grad(ops::Buffer dqkv, ops::Buffer d_o, ops::Buffer qkv, ops::Buffer o, ops::Buffer lse, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule) {
+  const std::vector<int64_t> starts = documents(qkv.rows);
+  zero_from(dqkv, starts.back());
   const Range r = range(Work::kAttentionGrad, "attention_grad");
-  AttentionArgs a = attention_args(o, lse, qkv, workspace, heads, schedule);
-  a.dqkv = matrix(dqkv), a.d_o = matrix(d_o);
+  AttentionArgs a = attention_args(starts, o, lse, qkv, workspace, heads, schedule);
+  a.dqkv = matrix(dqkv.row_range(0, starts.back())), a.d_o = matrix(d_o.row_range(0, starts.back()));
   if (schedule.backend == ops::AttentionBackend::kCudnn) attention_->backward(a);
-  else flash_backward(a, batch().document_starts, static_cast<std::byte*>(address(table_)) + table_used_, stream_, options_.device);
+  else flash_backward(a, starts, static_cast<std::byte*>(address(table_)) + table_used_, stream_, options_.device);
 }
 
 // --- exchanges, through pinned host memory
@@ -306,6 +362,7 @@ ops::Event CudaEngine::all_reduce(ops::Buffer x, ops::Group which) {
 
 void CudaEngine::wait(ops::Event event) {
   if (event.id < 0) return;
+  rethrow();
   const Pending& p = pending_[static_cast<size_t>(event.id)];
   if (p.event != nullptr) return check(cudaStreamWaitEvent(stream_, p.event), "waiting for a copy");
   if (p.tasks != nullptr) return p.tasks->wait(p.number);

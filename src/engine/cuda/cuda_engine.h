@@ -1,20 +1,23 @@
 // The engine on an NVIDIA GPU: GEMMs by cuBLASLt, attention by cuDNN (or ATen's flash attention), everything else by
-// kernels/*.cu, all on one stream; copies to and from the host on two others. Built into libulysses_cuda.so, which is loaded where a GPU is asked for (engine/make.h).
+// kernels/*.cu, all on one stream; copies to and from host and disk on three others. Built into libulysses_cuda.so, which is
+// loaded where a GPU is asked for (engine/make.h).
 //
-// Memory      the arenas, by cudaMalloc, on the host registered with CUDA; besides kGemmWorkspaceBytes and scratch for kernels, and what CUDA, cuBLAS and
-//             cuDNN load for themselves
+// Memory      the arenas, by cudaMalloc, on the host registered with CUDA; besides kGemmWorkspaceBytes and scratch for kernels,
+//             and what CUDA, cuBLAS and cuDNN load for themselves; where a disk is used, a pinned ring (disk_moves.h)
+// Threads     the launching one; one for the disk and one for updates on the host, which call nothing of CUDA (flags.h)
 #pragma once
 
 #include <deque>
 #include <functional>
 #include <optional>
+#include <vector>
 
 #include "engine/cuda/attention.h"
+#include "engine/cuda/disk_moves.h"
 #include "engine/cuda/gemm.h"
 #include "engine/cuda/memory.h"
 #include "engine/cuda/range.h"
 #include "engine/cuda/tasks.h"
-#include "engine/disk_tier.h"
 #include "engine/engine.h"
 #include "engine/make.h"
 #include "memory/host_arena.h"
@@ -30,8 +33,9 @@ class CudaEngine final : public Engine {
   void read(void* host, const ops::Buffer& b) override;
   void write(const ops::Buffer& b, const void* host) override;
   void mark(std::string_view where, int64_t layer) override;
-  void time(bool on) override { timers_.on = on; }
+  void time(bool on) override;
   std::map<std::string, double> seconds() override;
+  std::array<int64_t, ops::kNumTiers> held_bytes() const override;
 
   void zero(ops::Buffer y) override;
   void copy(ops::Buffer y, ops::Buffer x) override;
@@ -70,16 +74,23 @@ class CudaEngine final : public Engine {
  private:
   // What an event stands for.
   struct Pending {
-    cudaEvent_t event = nullptr;   // a copy
-    Tasks* tasks = nullptr;        // or a task
+    cudaEvent_t event = nullptr;  // what a stream beside has done
+    Tasks* tasks = nullptr;       // or a task
     uint32_t number = 0;
-    int64_t exchange = -1;         // or an exchange
+    int64_t exchange = -1;        // or an exchange
+  };
+  // The host's arena. Without room for locked memory it is pageable: what CUDA copies of that it may read before its turn, so the
+  // launching thread waits for the turn.
+  struct HostMemory {
+    memory::HostArena arena;
+    bool locked = false;
   };
 
   std::byte* reserve(ops::Life life, ops::Tier tier, int64_t bytes) override;
+  std::byte* reserve_device(ops::Life life, int64_t bytes);
   std::byte* reserve_host(ops::Life life, int64_t bytes);
-  void reserve_disk(ops::Life life, int64_t bytes);
-  void release_host(memory::HostArena& arena);
+  void release_host(HostMemory& host);
+  HostMemory& host_of(ops::Life life) { return life == ops::Life::kRun ? run_host_ : step_host_; }
   void load_batch(const ops::Buffer& table) override;
   [[noreturn]] void out_of_memory(int64_t bytes);
 
@@ -87,13 +98,18 @@ class CudaEngine final : public Engine {
   void* scratch(int64_t bytes);
   // Copies to the device without waiting.
   void send(void* to, const void* from, int64_t bytes);
-  AttentionArgs attention_args(ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule);
+  AttentionArgs attention_args(const std::vector<int64_t>& starts, ops::Buffer o, ops::Buffer lse, ops::Buffer qkv, ops::Buffer workspace, const ops::Heads& heads, const ops::AttentionSchedule& schedule);
   // At least so many bytes of the host, of few different sizes, so that they serve again.
   Memory pinned(int64_t bytes);
+  ops::Event pending(Pending p);
   // An event for this program; those of earlier ones serve again: who waits for one has been told to already.
   cudaEvent_t next_event();
-  ops::Event pending(Pending p);
-  DiskTier& disk_of(const ops::Buffer& b) { return *(b.life == ops::Life::kRun ? run_disk_ : step_disk_); }
+  // `stream` goes on when all is done that is queued now; and the event that what it has got since is done.
+  void begin_beside(cudaStream_t stream);
+  ops::Event end_beside(cudaStream_t stream);
+  DiskMoves::At on_disk(const ops::Buffer& b) const { return {.life = b.life, .place = place_bytes(b)}; }
+  // Throws what has failed beside.
+  void rethrow();
   // An exchange through host memory: waits for what `from` is computed by, starts; wait() brings the result to `to`.
   ops::Event exchange(const ops::Buffer& to, const ops::Buffer& from, const std::function<comm::Work(void* to, void* from)>& start);
   Range range(Work work, const char* name) { return Range(timers_, work, name, stream_); }
@@ -104,10 +120,9 @@ class CudaEngine final : public Engine {
   std::vector<cudaEvent_t> events_;
   size_t events_used_ = 0;
   Memory run_, step_, gemm_workspace_, scratch_;
-  memory::HostArena run_host_, step_host_;
-  Memory ring_;                              // between GPU and disk
-  std::optional<DiskTier> run_disk_, step_disk_;
-  std::optional<Tasks> disk_, host_;         // of the disk, and updates on the host
+  HostMemory run_host_, step_host_;
+  std::optional<DiskMoves> disk_;
+  std::optional<Tasks> host_;  // updates
   std::optional<Gemm> gemm_;
   std::optional<Attention> attention_;
   std::deque<Memory> staged_;  // pinned; what lies in them is on its way until finish()

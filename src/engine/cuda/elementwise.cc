@@ -120,8 +120,9 @@ void CudaEngine::squared_norm(ops::Buffer total, ops::Buffer x) {
 ops::Event CudaEngine::adamw(ops::Buffer weight, ops::Buffer master, ops::Buffer m, ops::Buffer v, ops::Buffer gradient, ops::Buffer norm, ops::Buffer loss, const ops::UpdateRange& range_of) {
   const kernels::AdamwArgs args = adamw_args(weight, master, m, v, gradient, norm, loss, range_of);
   if (m.tier == ops::Tier::kHost) {
-    if (!host_) host_.emplace(options_.device, stream_);
-    return pending({.tasks = &*host_, .number = host_->queue([args] { at::parallel_for(0, args.count, 32768, [&](int64_t begin, int64_t end) { kernels::cpu::adamw(args, begin, end); }); })});
+    rethrow();
+    if (!host_) host_.emplace(stream_);
+    return pending({.tasks = &*host_, .number = host_->queue("adamw on the host", [args] { at::parallel_for(0, args.count, 32768, [&](int64_t begin, int64_t end) { kernels::cpu::adamw(args, begin, end); }); })});
   }
   const Range r = range(Work::kOptimizer, "adamw");
   kernels::adamw(args, stream_);

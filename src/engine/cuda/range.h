@@ -13,8 +13,8 @@
 
 namespace uly::engine::cuda {
 
-enum class Work : uint8_t { kGemm, kAttention, kAttentionGrad, kElementwise, kExchange, kOptimizer };
-inline constexpr std::array<const char*, 6> kWorkNames = {"gemm", "attention_forward", "attention_backward", "elementwise", "exchange", "optimizer"};
+enum class Work : uint8_t { kGemm, kAttention, kAttentionGrad, kElementwise, kExchange, kOptimizer, kToHost, kToDevice };
+inline constexpr std::array<const char*, 8> kWorkNames = {"gemm", "attention_forward", "attention_backward", "elementwise", "exchange", "optimizer", "to_host", "to_device"};
 
 // Seconds on a stream by kind of work, from pairs of events; off unless asked for.
 class Timers {
@@ -28,6 +28,7 @@ class Timers {
     std::map<std::string, double> sums;
     for (size_t i = 0; i + 1 < used_; i += 2) {
       float ms = 0;
+      cudaEventSynchronize(events_[i + 1]);  // a copy's may be behind the others
       cudaEventElapsedTime(&ms, events_[i], events_[i + 1]);
       sums[kWorkNames[static_cast<size_t>(works_[i])]] += static_cast<double>(ms) / 1e3;
     }
