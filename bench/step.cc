@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <fstream>
 #include <iostream>
+#include <map>
 #include <random>
 #include <span>
 
@@ -34,7 +35,7 @@ struct Flags {
   int64_t length = 16384, layers = 32, documents = 1, forward_block = 0, backward_queries = -1, backward_keys = 0, heads_at_once = 0, mlp_tile = 0;
   double seconds = 60, memory_gib = 0, host_gib = 0, disk_gib = 0;
   int warmup = 2;
-  bool deterministic = false, keep_inputs = false, optimizer = false, split = false, show = false;
+  bool deterministic = false, untimed = false, keep_inputs = false, optimizer = false, split = false, show = false;
   std::string disk, profile, attention = "auto", shape = "meta-llama/Llama-3.1-8B";
 };
 
@@ -60,6 +61,7 @@ Flags parse(int argc, char** argv) {
   app.add_option("--mlp-tile", f.mlp_tile, "tokens");
   app.add_option("--attention", f.attention);
   app.add_option("--shape", f.shape);
+  app.add_flag("--untimed", f.untimed, "without the last step, in which the kinds of work are timed");
   app.add_option("--profile", f.profile, "file for a trace of the last step");
   app.add_flag("--deterministic", f.deterministic);
   app.add_flag("--keep-inputs", f.keep_inputs, "keep layer inputs, attention output and log-sum-exp only");
@@ -197,10 +199,14 @@ void run(const Flags& f) {
     const auto [seconds, launched] = step();
     times.push_back(seconds), total += seconds, launching += launched;
   }
-  engine->time(true);
-  const double timed = step().first;
-  auto by_kind = engine->seconds();
-  engine->time(false);
+  double timed = 0;
+  std::map<std::string, double> by_kind;
+  if (!f.untimed) {
+    engine->time(true);
+    timed = step().first;
+    by_kind = engine->seconds();
+    engine->time(false);
+  }
   if (!f.profile.empty()) {
     engine::start_profile(true);
     step();

@@ -15,6 +15,7 @@
 
 #include "base/check.h"
 #include "cli/verbs.h"
+#include "train/rehearse.h"
 #include "train/train.h"
 
 namespace uly::cli {
@@ -79,7 +80,9 @@ int run(int argc, char** argv) {
   std::string device = "cpu";
   train->add_option("words", words, "RECIPE.yml, then key.path=value ...")->required();
   train->add_option("--model", job.model_folder, "folder with config.json and weights")->required();
-  train->add_option("--tokens", job.tokens_path, "token file")->required();
+  CLI::Option* tokens = train->add_option("--tokens", job.tokens_path, "token file");
+  train->add_flag("--rehearse", job.rehearse, "one step without data, weights and arithmetic")->excludes(tokens);
+  train->add_flag("--json", job.json, "--rehearse: for programs");
   train->add_option("--tokenizer", job.tokenizer_folder, "folder whose tokenizer is saved with the model; without it, the model's");
   train->add_option("--dump", job.dump_folder, "folder for the loss and gradients of each step");
   train->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
@@ -94,6 +97,8 @@ int run(int argc, char** argv) {
   job.recipe_path = words[0];
   job.overrides.assign(words.begin() + 1, words.end());
   job.cuda = device == "cuda";
+  if (job.rehearse) return train::rehearse(job);
+  ULY_USER_CHECK(!job.tokens_path.empty(), "ulysses-engine: --tokens is required");
   return train::run(job);
 }
 

@@ -22,11 +22,11 @@ struct Verb {
 constexpr std::array<Verb, 10> kVerbs = {{
     {"train", "Train as the recipe says; the verb may be left out", train, true},
     {"plan", "Show what training would do and the memory it takes; starts nothing, asks no network", plan, true},
+    {"rehearse", "Run one step without data, weights and arithmetic: bytes and copies against the plan", rehearse, true},
     {"prepare", "Tokenise the recipe's data into the cache, and stop", prepare, true},
     {"process-data", "The same as prepare", prepare, true},
     {"docs", "Print the reference of all recipe keys", docs, false},
     {"doctor", "Say what this machine has and what is missing", doctor, false},
-    {"rehearse", "Run the longest step once without data (not available yet)", nullptr, true},
     {"export", "Turn a saved state into a Hugging Face model (not available yet)", nullptr, false},
     {"selftest", "Check this machine's arithmetic and network (not available yet)", nullptr, false},
     {"report", "Draw a run's metrics (not available yet)", nullptr, false},
@@ -86,12 +86,15 @@ std::string help() {
       "  --num_gpus N          ranks on this machine, one a GPU (on the CPU: one a process); also --num_accelerators\n"
       "  --master_port PORT    where the ranks meet; without it, a free port\n"
       "  --profile FILE        train: write a Chrome trace of the last of the first three steps\n"
-      "  --gpus N --nodes N --gpu H100 --gpu-memory 80GiB --host-memory 1.9TiB --host-cores N\n"
+      "  --gpus N --nodes N --gpu H100 --gpu-memory 80GiB --host-memory 1.9TiB --host-cores N --disk 7TiB\n"
       "                        plan: for a machine that one does not have\n"
-      "  --json                plan, prepare, doctor: for programs\n"
+      "  --explain             plan: what else was considered, and why it was not chosen\n"
+      "  --compare KEY=V1,V2   plan: a table, a row for each value; with several, for each combination\n"
+      "  --json                plan, rehearse, prepare, doctor: for programs\n"
       "  --version, --help\n"
       "\nExamples\n"
-      "  ulysses plan run.yml                                  will it fit?\n"
+      "  ulysses plan run.yml                                  will it fit, how far would it go, how long will it take?\n"
+      "  ulysses plan run.yml --compare data.max_length=32k,64k --compare sequence_parallel_size=1,2,4\n"
       "  ulysses run.yml --device cpu                          train; sequence_parallel_size ranks\n"
       "  ulysses run.yml --num_gpus 4 data.max_length=32k      change keys without editing the file\n"
       "  torchrun --nproc-per-node 4 --no-python ulysses run.yml   as ranks of a job that another launcher starts\n"
@@ -124,11 +127,14 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   if (std::string_view(verb.name) == "plan") {
     WhatIf& what = options.what_if;
     app.add_option("--gpus", num_ranks, "ranks, one a GPU")->each([&](const std::string&) { what.given = true; });
-    app.add_option("--nodes", what.nodes, "machines over which they are spread");
+    app.add_option("--nodes", what.nodes, "machines over which they are spread")->check(CLI::PositiveNumber);
     app.add_option("--gpu", what.gpu, "A100, H100, H200, B200");
     app.add_option("--gpu-memory", what.gpu_memory, "of each");
     app.add_option("--host-memory", what.host_memory, "of each machine");
-    app.add_option("--host-cores", what.host_cores, "of each machine");
+    app.add_option("--host-cores", what.host_cores, "of each machine")->check(CLI::PositiveNumber);
+    app.add_option("--disk", what.disk, "of each machine, for scratch files");
+    app.add_flag("--explain", options.explain, "what else was considered");
+    app.add_option("--compare", options.compare, "KEY=V1,V2,...: a row for each value, or for each combination of several keys'")->allow_extra_args(false);
   }
   app.add_option("--profile", options.profile_path, "write a Chrome trace of the last of the first three steps");
   app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests

@@ -43,8 +43,7 @@ void check_model(const recipe::Recipe& recipe, const models::Spec& spec) {
 }
 
 std::vector<std::string> engine_command(const Options& options, bool cuda, const models::Spec& spec, const std::string& tokenizer, const plan::DataFacts& facts) {
-  std::vector<std::string> command = {launch::engine_path(), "train",    options.recipe, "--model", model_place(spec), "--tokens",
-                                      facts.tokens_path,     "--device", cuda ? "cuda" : "cpu"};
+  std::vector<std::string> command = {engine_program(), "train", options.recipe, "--model", model_place(spec), "--tokens", facts.tokens_path, "--device", cuda ? "cuda" : "cpu"};
   if (!tokenizer.empty()) command.insert(command.end(), {"--tokenizer", tokenizer});
   if (!options.dump_folder.empty()) command.insert(command.end(), {"--dump", options.dump_folder});
   if (!options.profile_path.empty()) command.insert(command.end(), {"--profile", options.profile_path});
@@ -65,14 +64,24 @@ std::vector<std::string> engine_command(const Options& options, bool cuda, const
 
 }  // namespace
 
+std::string engine_program() {
+  const std::string engine = launch::engine_path();
+  ULY_USER_CHECK(::access(engine.c_str(), X_OK) == 0, "{}: expected the engine here: {}; `make build` makes it", engine, std::strerror(errno));
+  return engine;
+}
+
+int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& machine, const std::vector<std::string>& command) {
+  if (ranks.place) become_engine(command);
+  return launch::run_local({.command = command, .ranks = ranks.world, .master_port = options.master_port, .cores = machine.cores});
+}
+
 int train(const Options& options) {
   const recipe::Recipe recipe = recipe::load(options.recipe, options.overrides);
   const Ranks ranks = choose_ranks(options, recipe, true);
   if (ranks.cuda && ranks.obstacle) throw UserError(ranks.obstacle->sentence());
   check_profile(options.profile_path);
   refuse_what_comes_later(recipe);
-  const std::string engine = launch::engine_path();
-  ULY_USER_CHECK(::access(engine.c_str(), X_OK) == 0, "{}: expected the engine here: {}; `make build` makes it", engine, std::strerror(errno));
+  engine_program();
   const bool speaks = !ranks.place || ranks.place->rank == 0;
   if (speaks && !ranks.chosen) say("device: {}", device_words(ranks));
 
@@ -84,9 +93,7 @@ int train(const Options& options) {
   const plan::Plan plan = plan::make(recipe, spec, machine, ranks.world, facts);
   if (!plan.fits) throw WillNotFit(plan.why_not);
 
-  const std::vector<std::string> command = engine_command(options, ranks.cuda, spec, tokenizer_folder(recipe), facts);
-  if (ranks.place) become_engine(command);
-  return launch::run_local({.command = command, .ranks = ranks.world, .master_port = options.master_port, .cores = machine.cores});
+  return run_ranks(options, ranks, machine, engine_command(options, ranks.cuda, spec, tokenizer_folder(recipe), facts));
 }
 
 }  // namespace uly::cli

@@ -14,8 +14,9 @@ inline constexpr const char* kVersion = "0.1.0";
 struct WhatIf {
   bool given = false;      // --gpus
   int64_t nodes = 1;
-  std::string gpu, gpu_memory, host_memory;
+  std::string gpu, gpu_memory, host_memory, disk;
   int64_t host_cores = 0;
+  // Whether a machine is to be imagined; room on a disk is imagined beside any.
   bool any() const { return given || nodes != 1 || !gpu.empty() || !gpu_memory.empty() || !host_memory.empty() || host_cores > 0; }
 };
 
@@ -27,6 +28,8 @@ struct Options {
   std::optional<int64_t> num_ranks;    // --num_gpus: ranks on this machine
   bool json = false;
   WhatIf what_if;
+  bool explain = false;      // plan: what else was considered
+  std::vector<std::string> compare;  // plan: KEY=V1,V2,...
   int master_port = 0;       // 0: a free one
   std::string dump_folder;   // passed on to the engine
   std::string profile_path;  // passed on to the engine
@@ -34,6 +37,7 @@ struct Options {
 
 int train(const Options& options);
 int plan(const Options& options);
+int rehearse(const Options& options);
 int prepare(const Options& options);
 int docs(const Options& options);
 int doctor(const Options& options);

@@ -51,17 +51,20 @@ Session::Session(const Job& job, comm::World& world)
   const int64_t local_rank = place ? place->local_rank : 0;
   machine_ = plan::this_machine(job.cuda, 0);
   if (job.cuda) look_at_gpu(machine_, local_rank, place ? place->local_world_size : 1);
+  machine_.disk_bytes = plan::scratch_bytes(recipe_);
   // Every rank plans with the least that any has; nobody's GPU is in use before all have looked.
-  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus});
-  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6];
-  plan_ = plan::make(recipe_, spec, machine_, world_.size(), plan::DataFacts{.tokens_path = job.tokens_path});
+  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus, -machine_.disk_bytes});
+  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6], machine_.disk_bytes = -least[7];
+  std::optional<plan::DataFacts> data;
+  if (!job.rehearse) data = plan::DataFacts{.tokens_path = job.tokens_path};
+  plan_ = plan::make(recipe_, spec, machine_, world_.size(), data);
   if (!plan_.fits) throw WillNotFit(plan_.why_not);
   agree();
 
   mesh_ = plan_.mesh;
   mesh_.rank = world_.rank();
   model_ = std::make_unique<step::Model>(std::move(spec));
-  tokens_.emplace(job.tokens_path);
+  if (data) tokens_.emplace(job.tokens_path);
   std::vector<int64_t> peers;
   for (int64_t p = 0; p < mesh_.P; ++p) peers.push_back(mesh_.replica() * mesh_.P + p);
   sequence_ = world_.subgroup(peers, fmt::format("sequence {}", mesh_.replica()));
@@ -79,7 +82,8 @@ Session::Session(const Job& job, comm::World& world)
   if (options.defers_updates()) enlarge(program_for(plan_.planned_length, true).places), enlarge(update_program().places);
   engine_->reserve_step(largest);
   states_ = step::make_states(*engine_, model_->units, options);
-  load_weights();
+  if (job.rehearse) empty_states();
+  else load_weights();
 }
 
 // Throws UserError naming the first rank whose plan differs: a difference would be a wait without end later.
@@ -110,6 +114,23 @@ void Session::load_weights() {
   }
 }
 
+// Written, so that every tier has what it is going to have.
+void Session::empty_states() {
+  constexpr int64_t kAtOnce = int64_t{1} << 22;  // elements
+  std::vector<float> zeros;
+  for (const step::UnitState& u : states_.units)
+    for (const ops::Buffer& b : {u.weight, u.master, u.m, u.v, u.gradient, u.copy}) {
+      if (!b.exists()) continue;
+      if (b.tier == ops::Tier::kDevice) {
+        engine_->zero(b);
+        continue;
+      }
+      if (machine_.cuda && b.tier == ops::Tier::kHost) continue;  // its arena comes so
+      zeros.resize(static_cast<size_t>(kAtOnce));
+      for (int64_t at = 0; at < b.columns; at += kAtOnce) engine_->write(b.column_range(at, std::min(kAtOnce, b.columns - at)), zeros.data());
+    }
+}
+
 // Puts fp32 values into master and weights from element `at` on.
 void Session::load_range(const step::UnitState& state, int64_t at, std::vector<float>& values) {
   const int64_t count = static_cast<int64_t>(values.size());
@@ -137,10 +158,10 @@ void Session::load_range(const step::UnitState& state, int64_t at, std::vector<f
 
 void Session::make_engine(const Job& job, int64_t local_rank) {
   if (!job.cuda) {
-    engine_ = engine::make_cpu_engine(world_.all(), *sequence_, {.disk_folders = recipe_.memory_disk_folders, .delays = job.delays});
+    engine_ = engine::make_cpu_engine(world_.all(), *sequence_, {.disk_folders = recipe_.memory_disk_folders, .delays = job.delays, .rehearsal = job.rehearse});
     return;
   }
-  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .disk_folders = recipe_.memory_disk_folders, .advice = {}};
+  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .rehearsal = job.rehearse, .disk_folders = recipe_.memory_disk_folders, .host_threads = static_cast<int>(std::max<int64_t>(1, machine_.cores / plan::ranks_on_machine(machine_, world_.size()))), .advice = {}};
   options.advice = [this, local_rank](int64_t bytes) {
     const int64_t longest = plan::longest_that_fits(recipe_, spec(), machine_, world_.size(), bytes + plan_.besides_bytes);
     return others_on_gpu(local_rank) + (longest > 0 ? fmt::format("; the longest that fits is data.max_length={}", longest) : "");

@@ -18,7 +18,7 @@ namespace uly::train {
 
 class Session {
  public:
-  // Collective over the world: compares what every rank is about to do, and loads the weights.
+  // Collective over the world: compares what every rank is about to do, and loads the weights; in a rehearsal all states are zero.
   Session(const Job& job, comm::World& world);
 
   // Before the first micro-batch of a step.
@@ -50,6 +50,9 @@ class Session {
   const std::string& tokenizer_folder() const { return tokenizer_folder_; }
   const data::TokenFile& tokens() const { return *tokens_; }
   engine::Engine& engine() { return *engine_; }
+  const step::Model& model() const { return *model_; }
+  const step::States& states() const { return states_; }
+  const plan::Machine& machine() const { return machine_; }
 
   // The whole of a unit's weights (compute dtype) or gradients (fp32), as bytes. Collective.
   std::vector<uint8_t> gather_weights(size_t unit) { return gather(states_.units[unit].weight); }
@@ -64,6 +67,7 @@ class Session {
   const Program& update_program();
   void agree();
   void load_weights();
+  void empty_states();
   void make_engine(const Job& job, int64_t local_rank);
   void load_range(const step::UnitState& state, int64_t at, std::vector<float>& values);
   std::vector<uint8_t> gather(const ops::Buffer& shard);

@@ -16,10 +16,12 @@ struct Job {
   std::vector<std::string> overrides;
   std::string model_folder;   // where config.json and the weights lie
   std::string tokenizer_folder;  // what is saved beside the weights; empty: the model's
-  std::string tokens_path;    // what `prepare` has written
+  std::string tokens_path;    // what `prepare` has written; empty where it rehearses
   std::string dump_folder;    // if not empty: step_N.safetensors there holds the loss and every gradient of step N
   bool cuda = false;
   uint64_t delays = 0;        // for tests: engine::CpuOptions::delays
+  bool rehearse = false;      // one step without data, weights and arithmetic: train/rehearse.h
+  bool json = false;          // what a rehearsal says is for programs
   std::string profile;        // if not empty: where rank 0 writes a Chrome trace of the third step, or of the last before
 };
 
