@@ -14,6 +14,7 @@
 
 #include "base/check.h"
 #include "base/json.h"
+#include "base/log.h"
 #include "base/units.h"
 #include "comm/world.h"
 #include "engine/make.h"
@@ -166,12 +167,16 @@ void run(const Flags& f) {
   comm::World world = std::move(comm::World::threads(1)[0]);
   const auto sequence = world.subgroup({0}, "sequence");
   const auto engine = engine::make_cuda_engine(launch::program_folder(), world.all(), *sequence, {.device = 0, .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec)), .deterministic = f.deterministic, .disk_folders = recipe.memory_disk_folders, .advice = {}});
+  const auto started = Clock::now();
+  const auto progress = [&](std::string_view what) { say("{:6.1f} s: {}", std::chrono::duration<double>(Clock::now() - started).count(), what); };
   engine->begin_run(price.run_places);
   ops::Places largest = price.step_places;
   for (size_t t = 0; t < largest.arena_bytes.size(); ++t) largest.arena_bytes[t] = std::max(largest.arena_bytes[t], first_price.step_places.arena_bytes[t]);
   engine->reserve_step(largest);
   const step::States states = step::make_states(*engine, model.units, o);
+  progress("memory taken");
   fill(*engine, model, states);
+  progress("states filled");
   const engine::BatchData batch = make_batch(f, spec);
   double loss = 0;
   int64_t steps = 0;
@@ -189,6 +194,7 @@ void run(const Flags& f) {
     }
     const double launched = std::chrono::duration<double>(Clock::now() - begin).count();
     loss = engine->scalar(states.loss_total);
+    progress(fmt::format("a step of {:.2f} s", std::chrono::duration<double>(Clock::now() - begin).count()));
     return std::pair(std::chrono::duration<double>(Clock::now() - begin).count(), launched);
   };
   std::vector<double> warm;

@@ -10,6 +10,7 @@
 
 #include "base/check.h"
 #include "base/json.h"
+#include "base/log.h"
 #include "base/units.h"
 #include "launch/environment.h"
 #include "launch/gpus.h"
@@ -62,7 +63,6 @@ std::array<double, plan::kNumStreams> busy(const Session& s, const plan::Rates& 
       if (phase.last) step::finish_gradients(ops, o, states);
       if (phase.last && !o.defers_updates()) step::update(ops, s.model(), o, states);
     });
-  if (o.defers_updates()) read(0, 0, [&](ops::Ops& ops, const step::States& states) { step::update(ops, s.model(), o, states); });
   return sums;
 }
 
@@ -96,7 +96,6 @@ void run(Session& s) {
       if (b.exists()) s.engine().write(b, &one);
     s.update(r.optimizer.learning_rate, ++step);
   }
-  s.flush();
   s.engine().finish();
 }
 
@@ -214,6 +213,7 @@ std::string rehearse(const Job& job, comm::World& world) {
   session.engine().finish();
   session.engine().time(true);
   world.all().barrier();
+  if (session.first() && !job.json) say("memory is taken, the step of {} tokens begins", format_count(session.plan().planned_length));
   const Clock::time_point begin = Clock::now();
   run(session);
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();

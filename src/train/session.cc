@@ -116,7 +116,7 @@ void Session::load_weights() {
 
 // Written, so that every tier has what it is going to have.
 void Session::empty_states() {
-  constexpr int64_t kAtOnce = int64_t{1} << 22;  // elements
+  constexpr int64_t kAtOnce = int64_t{1} << 24;  // elements
   std::vector<float> zeros;
   for (const step::UnitState& u : states_.units)
     for (const ops::Buffer& b : {u.weight, u.master, u.m, u.v, u.gradient, u.copy}) {

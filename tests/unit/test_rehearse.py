@@ -116,16 +116,16 @@ def test_a_long_step_takes_seconds(folder):
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_updates_that_wait_for_the_next_step_are_made(folder, tier):
-    """Under one more forward, and once more at the end: master weights and moments come to the device and go back twice."""
+    """Under one more forward: master weights and moments come to the device and go back."""
     found = rehearse(folder, *room_that_needs(folder, tier, "sequence_parallel_size=1", optimizer=True))
     assert found["deferred"] is True
     states, copies = 12 * plan_of(folder)["model"]["parameters"] // 2, found["ranks"][0]["copies"]  # at least half of the units
     if tier == "disk":
-        assert copies["disk"]["bytes"] > 4 * states
+        assert copies["disk"]["bytes"] > 2 * states
     elif "host_update" in copies:
-        assert copies["host_update"]["bytes"] > 2 * states
+        assert copies["host_update"]["bytes"] > states
     else:
-        assert copies["to_host"]["bytes"] > 2 * states and copies["to_device"]["bytes"] > 2 * states
+        assert copies["to_host"]["bytes"] > states and copies["to_device"]["bytes"] > states
 
 
 def test_it_is_told_in_words(folder):

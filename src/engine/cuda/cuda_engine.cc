@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <cstring>
 #include <thread>
 
@@ -17,6 +18,9 @@ namespace {
 // Host memory is registered by so many bytes: CUDA's drivers have refused 512 GiB at once, and refuse copies that lie in two
 // registrations.
 constexpr int64_t kRegisteredBytes = int64_t{64} << 30;
+
+// Takes seconds.
+constexpr int64_t kWorthSaying = int64_t{16} << 30;
 
 // As far as it is registered.
 void unregister(const memory::HostArena& arena) {
@@ -73,11 +77,16 @@ std::byte* CudaEngine::reserve_device(ops::Life life, int64_t bytes) {
 std::byte* CudaEngine::reserve_host(ops::Life life, int64_t bytes) {
   HostMemory& host = host_of(life);
   release_host(host);
+  const auto begin = std::chrono::steady_clock::now();
+  const auto since = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };
+  if (bytes >= kWorthSaying) say("host memory: taking {}", format_bytes(bytes));
   host.arena = memory::HostArena(bytes, options_.host_threads > 0 ? options_.host_threads : static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+  const double taken = since();
   cudaError_t error = cudaSuccess;
   for (int64_t at = 0; at < host.arena.bytes() && error == cudaSuccess; at += kRegisteredBytes)
     error = cudaHostRegister(host.arena.base() + at, static_cast<size_t>(std::min(kRegisteredBytes, host.arena.bytes() - at)), cudaHostRegisterDefault);
   host.locked = error == cudaSuccess;
+  if (bytes >= kWorthSaying) say("host memory: {} in {}: {:.1f} s, locked for the GPU in {:.1f} s", format_bytes(bytes), host.arena.words(), taken, since() - taken);
   if (host.locked) return host.arena.base();
   unregister(host.arena);
   say("host memory: {} cannot be locked for the GPU ({}): copies to it are slower and hold up the launching thread; `ulimit -l unlimited` may allow it", format_bytes(bytes), cudaGetErrorString(error));
