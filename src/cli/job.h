@@ -30,6 +30,10 @@ struct Ranks {
   launch::Gpus gpus;
   int64_t world = 1;
   std::optional<launch::Place> place;  // this process is one rank of a job that somebody else started
+  std::optional<launch::Node> node;    // this machine is one of several
+
+  int64_t here() const { return place ? place->local_world_size : node ? node->local() : world; }  // ranks on this machine
+  bool speaks() const { return place ? place->rank == 0 : !node || node->index == 0; }             // for the whole job
 };
 
 // Decides device and number of ranks: --num_gpus, else the job's that this process belongs to (`join`), else
@@ -77,6 +81,13 @@ std::string tokenizer_folder(const recipe::Recipe& recipe);
 
 // The engine's program. Throws UserError where it is not there.
 std::string engine_program();
+
+// Where the options name other machines, runs the job there and returns its exit code; else fills in what they mean for this one: ranks,
+// GPUs, its part of a job.
+std::optional<int> launch_elsewhere(const std::string& verb, Options& options);
+
+// What a leading ulysses asks of this one.
+launch::Followed follow();
 
 // Runs `command` as every rank on this machine, or, in a job that somebody else has started, becomes the one rank that this process
 // is. Returns the exit code.

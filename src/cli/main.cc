@@ -7,6 +7,8 @@
 #include <optional>
 
 #include "base/check.h"
+#include "base/log.h"
+#include "cli/job.h"
 #include "cli/verbs.h"
 
 namespace uly::cli {
@@ -32,47 +34,37 @@ constexpr std::array<Verb, 10> kVerbs = {{
     {"report", "Draw a run's metrics (not available yet)", nullptr, false},
 }};
 
-// Options of the reference's launcher that users may still have in their scripts.
-struct Refused {
+// Options of the reference's launcher that users may still have in their scripts. Those without effect say so, the others what to do.
+struct Others {
   const char* names;
   bool takes_value;
-  bool several_machines;
+  const char* refused;    // null: no effect
 };
-constexpr std::array<Refused, 34> kRefused = {{
-    {"-H,--hostfile", true, true},
-    {"-i,--include", true, true},
-    {"-e,--exclude", true, true},
-    {"--num_nodes", true, true},
-    {"--master_addr", true, true},
-    {"--node_rank", true, true},
-    {"--launcher", true, true},
-    {"--launcher_args", true, true},
-    {"--no_ssh", false, true},
-    {"--no_ssh_check", false, true},
-    {"--ssh_port", true, true},
-    {"--force_multi", false, true},
-    {"--module", false, false},
-    {"--no_python", false, false},
-    {"--no_local_rank", false, false},
-    {"--save_pid", false, false},
-    {"--enable_each_rank_log", true, false},
-    {"--bind_cores_to_rank", false, false},
-    {"--bind_core_list", true, false},
-    {"--venv_script", true, false},
-    {"--log_level", true, false},
-    {"-q,--quiet", false, false},
-    {"--autotuning", true, false},
-    {"--elastic_training", false, false},
-    {"--min_elastic_nodes", true, false},
-    {"--max_elastic_nodes", true, false},
-    {"--python_profile", true, false},
-    {"--mode", true, false},
-    {"--config", true, false},
-    {"--deepspeed", false, false},
-    {"--deepspeed_config", true, false},
-    {"--resume", false, false},
-    {"--hosts", true, true},
-    {"--nnodes", true, true},
+constexpr const char* kBackEnds = "ranks are started over ssh, or take their places from srun, torchrun or mpirun: start ulysses with one of these";
+constexpr const char* kNotYet = "not available yet";
+constexpr std::array<Others, 22> kOthers = {{
+    {"--launcher", true, kBackEnds},
+    {"--launcher_args", true, kBackEnds},
+    {"--hosts", true, "use --hostfile"},
+    {"--nnodes", true, "use --num_nodes with a --hostfile, or torchrun"},
+    {"--no_ssh_check", false, nullptr},
+    {"--module", false, "the program is ulysses itself"},
+    {"--no_python", false, nullptr},
+    {"--no_local_rank", false, nullptr},
+    {"--save_pid", false, kNotYet},
+    {"--bind_cores_to_rank", false, kNotYet},
+    {"--bind_core_list", true, kNotYet},
+    {"--venv_script", true, "ulysses brings its own Python environment"},
+    {"--log_level", true, nullptr},
+    {"-q,--quiet", false, nullptr},
+    {"--autotuning", true, "`ulysses plan` chooses"},
+    {"--elastic_training", false, kNotYet},
+    {"--min_elastic_nodes", true, kNotYet},
+    {"--max_elastic_nodes", true, kNotYet},
+    {"--python_profile", true, "use --profile FILE"},
+    {"--mode", true, "use `ulysses train` or `ulysses prepare`"},
+    {"--config", true, "give the recipe after the verb"},
+    {"--resume", false, kNotYet},
 }};
 
 std::string help() {
@@ -84,7 +76,12 @@ std::string help() {
       "\nOptions\n"
       "  --device cpu|cuda     where to train; without it, on the GPUs if they can be used\n"
       "  --num_gpus N          ranks on this machine, one a GPU (on the CPU: one a process); also --num_accelerators\n"
+      "  --hostfile FILE       machines to train on, over ssh, a line each: `name slots=8`; also -H\n"
+      "  --include, --exclude  of these hosts and slots, such as host:0,2@other; also -i, -e; --num_nodes N: the first N\n"
+      "  --ssh_port PORT       of the machines; ssh has to log in without a password\n"
+      "  --no_ssh --node_rank N --master_addr HOST   this machine's part; the same command is started on each\n"
       "  --master_port PORT    where the ranks meet; without it, a free port\n"
+      "  --enable_each_rank_log FOLDER   a file there of what each rank says\n"
       "  --profile FILE        train: write a Chrome trace of the last of the first three steps\n"
       "  --gpus N --nodes N --gpu H100 --gpu-memory 80GiB --host-memory 1.9TiB --host-cores N --disk 7TiB\n"
       "                        plan: for a machine that one does not have\n"
@@ -103,12 +100,9 @@ std::string help() {
   return text;
 }
 
-void refuse(const Refused& option) {
+std::string long_name(const Others& option) {
   const std::string names = option.names;
-  const std::string name = names.substr(names.rfind(',') == std::string::npos ? 0 : names.rfind(',') + 1);
-  if (option.several_machines)
-    user_error("{}: starting ranks on several machines is not available yet; torchrun can: torchrun --nnodes ... --no-python ulysses RECIPE.yml", name);
-  user_error("{}: not available yet", name);
+  return names.substr(names.rfind(',') == std::string::npos ? 0 : names.rfind(',') + 1);
 }
 
 // Reads what follows the verb. Returns the exit code if all is said (--help), else nothing.
@@ -139,10 +133,26 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   app.add_option("--profile", options.profile_path, "write a Chrome trace of the last of the first three steps");
   app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests
   app.add_option("--local_rank,--local-rank", ignored, "")->group("");  // other launchers pass it; LOCAL_RANK says it
-  std::vector<const CLI::Option*> refused;
-  for (const Refused& r : kRefused)
-    refused.push_back(r.takes_value ? app.add_option(std::string(r.names), ignored, "")->group("")
+  if (std::string_view(verb.name) == "train" || std::string_view(verb.name) == "rehearse") {
+    app.add_option("-H,--hostfile", options.hostfile, "machines, a line each: name slots=8");
+    app.add_option("-i,--include", options.hosts.include, "host:0,2@other: these only");
+    app.add_option("-e,--exclude", options.hosts.exclude, "host:0,2@other: all but these");
+    app.add_option("--num_nodes,--num-nodes", options.hosts.num_nodes, "the first hosts only")->check(CLI::PositiveNumber);
+    app.add_option("--node_rank,--node-rank", options.node_rank, "with --no_ssh: this machine's place among the hosts")->check(CLI::NonNegativeNumber);
+    app.add_option("--master_addr,--master-addr", options.master_address, "the first host's address");
+    app.add_option("--ssh_port,--ssh-port", options.ssh_port, "")->check(CLI::Range(1, 65535));
+    app.add_flag("--no_ssh,--no-ssh", options.no_ssh, "the same command is started on each machine");
+    app.add_flag("--force_multi,--force-multi", options.force_multi, "over ssh also where there is one host");
+    app.add_option("--enable_each_rank_log", options.log_folder, "a folder for a file of what each rank says");
+  }
+  std::vector<const CLI::Option*> others;
+  for (const Others& r : kOthers)
+    others.push_back(r.takes_value ? app.add_option(std::string(r.names), ignored, "")->group("")
                                     : app.add_flag(std::string(r.names), ignored_flag, "")->group(""));
+  const auto refuse = [&] {
+    for (size_t i = 0; i < others.size(); ++i)
+      if (others[i]->count() > 0 && kOthers[i].refused) user_error("{}: {}", long_name(kOthers[i]), kOthers[i].refused);
+  };
   std::reverse(arguments.begin(), arguments.end());
   try {
     app.parse(arguments);
@@ -150,12 +160,12 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     std::fputs(help().c_str(), stdout);
     return 0;
   } catch (const CLI::ParseError& e) {
-    for (size_t i = 0; i < refused.size(); ++i)
-      if (refused[i]->count() > 0) refuse(kRefused[i]);
+    refuse();
     user_error("ulysses {}: {}; see ulysses --help", verb.name, e.what());
   }
-  for (size_t i = 0; i < refused.size(); ++i)
-    if (refused[i]->count() > 0) refuse(kRefused[i]);
+  refuse();
+  for (size_t i = 0; i < others.size(); ++i)
+    if (others[i]->count() > 0) say("{}: no effect", long_name(kOthers[i]));
   if (ranks->count() > 0 || options.what_if.given) options.num_ranks = num_ranks;
   if (!verb.takes_recipe) {
     ULY_USER_CHECK(words.empty(), "ulysses {}: expected no more arguments, found '{}'", verb.name, words.empty() ? "" : words[0]);
@@ -171,7 +181,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   return std::nullopt;
 }
 
-int run(std::vector<std::string> arguments) {
+int run(std::vector<std::string> arguments, std::optional<launch::Node> node) {
   if (arguments.empty()) {
     std::fputs(help().c_str(), stderr);
     return static_cast<int>(Exit::kUser);
@@ -184,14 +194,21 @@ int run(std::vector<std::string> arguments) {
     fmt::print("ulysses {}\n", kVersion);
     return 0;
   }
+  if (arguments[0] == "follow" && arguments.size() == 1) {  // said by a ulysses on another machine
+    launch::Followed f = follow();
+    return run(std::move(f.arguments), std::move(f.node));
+  }
   const Verb* verb = &kVerbs[0];
   for (const Verb& v : kVerbs)
     if (arguments[0] == v.name) verb = &v;
   if (arguments[0] == verb->name) arguments.erase(arguments.begin());
   if (verb->run == nullptr) not_available(verb->name);
   Options options;
-  const std::optional<int> done = read_options(*verb, std::move(arguments), options);
-  return done ? *done : verb->run(options);
+  options.node = std::move(node);
+  if (const std::optional<int> done = read_options(*verb, std::move(arguments), options)) return *done;
+  if (verb->run == train || verb->run == rehearse)
+    if (const std::optional<int> ended = launch_elsewhere(verb->name, options)) return *ended;
+  return verb->run(options);
 }
 
 }  // namespace
@@ -199,16 +216,16 @@ int run(std::vector<std::string> arguments) {
 
 int main(int argc, char** argv) {
   try {
-    return uly::cli::run(std::vector<std::string>(argv + 1, argv + argc));
+    return uly::cli::run(std::vector<std::string>(argv + 1, argv + argc), std::nullopt);
   } catch (const uly::InternalError& e) {
-    fmt::print(stderr, "internal error: {}\n", e.what());
+    uly::launch::tell_of_end(fmt::format("internal error: {}\n", e.what()));
     return static_cast<int>(e.exit());
   } catch (const uly::Error& e) {
     // No text: who failed has spoken.
-    if (*e.what() != '\0') fmt::print(stderr, "{}\n", e.what());
+    if (*e.what() != '\0') uly::launch::tell_of_end(fmt::format("{}\n", e.what()));
     return static_cast<int>(e.exit());
   } catch (const std::exception& e) {
-    fmt::print(stderr, "internal error: {}\n", e.what());
+    uly::launch::tell_of_end(fmt::format("internal error: {}\n", e.what()));
     return static_cast<int>(uly::Exit::kInternal);
   }
 }

@@ -28,8 +28,6 @@ constexpr int64_t kUnseenBytes = int64_t{1} << 30;
 
 std::string cuda_words(int version) { return fmt::format("CUDA {}.{}", version / 1000, version % 1000 / 10); }
 
-int64_t local_world(const Ranks& ranks) { return ranks.place ? ranks.place->local_world_size : ranks.world; }
-
 int64_t num_used(const launch::Gpus& gpus, int64_t needed) { return std::min<int64_t>(needed, static_cast<int64_t>(gpus.list.size())); }
 
 // "2 x NVIDIA H200, 139.8 GiB each"
@@ -123,11 +121,14 @@ Ranks choose_ranks(const Options& options, const recipe::Recipe& recipe, bool jo
   ranks.chosen = options.device.has_value();
   ULY_USER_CHECK(!ranks.chosen || *options.device == "cpu" || *options.device == "cuda", "--device: expected cpu or cuda, found '{}'", *options.device);
   if (join) ranks.place = launch::place_in_job();
+  ranks.node = options.node;
   const int64_t P = recipe.sequence_parallel_size;
   if (ranks.place) {
     ULY_USER_CHECK(!options.num_ranks || *options.num_ranks == ranks.place->world_size,
                    "--num_gpus: this process belongs to a job of WORLD_SIZE = {} ranks, found {}", ranks.place->world_size, options.num_ranks.value_or(0));
     ranks.world = ranks.place->world_size;
+  } else if (ranks.node) {
+    ranks.world = ranks.node->world();
   } else {
     ranks.world = options.num_ranks.value_or(P);
   }
@@ -139,7 +140,7 @@ Ranks choose_ranks(const Options& options, const recipe::Recipe& recipe, bool jo
     return ranks;
   }
   ranks.gpus = launch::ask_gpus();
-  ranks.obstacle = find_obstacle(ranks.gpus, local_world(ranks), ranks.chosen);
+  ranks.obstacle = find_obstacle(ranks.gpus, ranks.here(), ranks.chosen);
   if (!ranks.obstacle) ranks.obstacle = find_obstacle(recipe);
   ranks.cuda = ranks.chosen || !ranks.obstacle;
   return ranks;
@@ -147,13 +148,14 @@ Ranks choose_ranks(const Options& options, const recipe::Recipe& recipe, bool jo
 
 std::string device_words(const Ranks& ranks) {
   if (!ranks.cuda) return ranks.obstacle ? fmt::format("cpu ({})", ranks.obstacle->fact) : "cpu";
-  const std::string words = words_of(ranks.gpus.list, num_used(ranks.gpus, local_world(ranks)));
+  const std::string words = words_of(ranks.gpus.list, num_used(ranks.gpus, ranks.here()));
   return words.empty() ? "cuda" : fmt::format("cuda ({})", words);
 }
 
 plan::Machine machine_of(const Ranks& ranks) {
   plan::Machine m = plan::this_machine(ranks.cuda, ranks.gpus.visible);
-  const int64_t local = local_world(ranks), used = num_used(ranks.gpus, local);
+  m.local_ranks = ranks.here();
+  const int64_t local = ranks.here(), used = num_used(ranks.gpus, local);
   if (!ranks.cuda || used == 0) return m;
   if (ranks.gpus.shared) m.gpu_ranks = (local + used - 1) / used;
   m.gpu_words = words_of(ranks.gpus.list, used);

@@ -72,7 +72,8 @@ std::string engine_program() {
 
 int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& machine, const std::vector<std::string>& command) {
   if (ranks.place) become_engine(command);
-  return launch::run_local({.command = command, .ranks = ranks.world, .master_port = options.master_port, .cores = machine.cores});
+  if (ranks.node && ranks.node->led) launch::wait_for_go();
+  return launch::run_local({.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr});
 }
 
 int train(const Options& options) {
@@ -82,8 +83,7 @@ int train(const Options& options) {
   check_profile(options.profile_path);
   refuse_what_comes_later(recipe);
   engine_program();
-  const bool speaks = !ranks.place || ranks.place->rank == 0;
-  if (speaks && !ranks.chosen) say("device: {}", device_words(ranks));
+  if (ranks.speaks() && !ranks.chosen) say("device: {}", device_words(ranks));
 
   const models::Spec spec = find_model(recipe, Fetch::kWeights);
   const plan::Machine machine = machine_of(ranks);

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "launch/nodes.h"
+
 namespace uly::cli {
 
 inline constexpr const char* kVersion = "0.1.0";
@@ -30,7 +32,16 @@ struct Options {
   WhatIf what_if;
   bool explain = false;      // plan: what else was considered
   std::vector<std::string> compare;  // plan: KEY=V1,V2,...
-  int master_port = 0;       // 0: a free one
+  std::string hostfile;
+  launch::HostChoice hosts;        // which of its hosts and slots
+  bool no_ssh = false;             // the same command is started on each machine
+  bool force_multi = false;        // over ssh also where there is one host
+  int64_t node_rank = -1;          // this machine's place, with no_ssh
+  std::string master_address;      // "": the first host's
+  int master_port = 0;             // 0: a free one
+  int ssh_port = 0;                // 0: ssh's own choice
+  std::string log_folder;          // --enable_each_rank_log
+  std::optional<launch::Node> node;  // this machine's part of a job on several
   std::string dump_folder;   // passed on to the engine
   std::string profile_path;  // passed on to the engine
 };

@@ -3,13 +3,16 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
 #include <arpa/inet.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <csignal>
+#include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -28,9 +31,9 @@ Store::~Store() = default;
 
 namespace {
 
-// TCPStore's server listens at every interface; a job on one machine needs only the loopback one, so that is bound here
-// and handed over.
-int listen_at_loopback(int port) {
+// TCPStore's server listens at every interface; a job needs only the one by which its ranks come, so that is bound here and handed
+// over. -1: the address is not this machine's own, as behind a translation of addresses.
+int listen_at(in_addr interface, int port) {
   const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) throw std::runtime_error(fmt::format("socket: {}", std::strerror(errno)));
   const int yes = 1;
@@ -38,13 +41,25 @@ int listen_at_loopback(int port) {
   sockaddr_in at{};
   at.sin_family = AF_INET;
   at.sin_port = htons(static_cast<uint16_t>(port));
-  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  at.sin_addr = interface;
   if (::bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at) != 0 || ::listen(fd, SOMAXCONN) != 0) {
     const int error = errno;
     ::close(fd);
+    if (error == EADDRNOTAVAIL) return -1;
     throw std::runtime_error(fmt::format("{}", std::strerror(error)));
   }
   return fd;
+}
+
+// The IPv4 address of a host that is a number or has a name.
+std::optional<sockaddr_in> address_of(const std::string& host, int port) {
+  addrinfo hints{}, *found = nullptr;
+  hints.ai_family = AF_INET;
+  hints.ai_socktype = SOCK_STREAM;
+  if (::getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found) != 0 || !found) return std::nullopt;
+  const sockaddr_in at = *reinterpret_cast<const sockaddr_in*>(found->ai_addr);
+  ::freeaddrinfo(found);
+  return at;
 }
 
 at::Tensor bytes_view(const void* data, int64_t bytes) { return at::from_blob(const_cast<void*>(data), {bytes}, at::TensorOptions().dtype(at::kByte)); }
@@ -69,10 +84,23 @@ std::shared_ptr<Store> open_tcp_store(const TcpAddress& address) {
   options.timeout = address.timeout;
   options.waitWorkers = address.workers > 0;
   if (address.workers > 0) options.numWorkers = static_cast<size_t>(address.workers);
-  if (address.serves && address.host == "127.0.0.1") options.masterListenFd = listen_at_loopback(address.port);
+  if (address.serves)
+    if (const auto at = address_of(address.host, address.port)) options.masterListenFd = listen_at(at->sin_addr, address.port);
   auto inside = std::make_unique<Store::Inside>();
   inside->store = c10::make_intrusive<c10d::TCPStore>(address.host, options);
   return std::make_shared<Store>(std::move(inside));
+}
+
+std::string address_towards(const std::string& host, int port) {
+  const auto there = address_of(host, port);
+  const int fd = there ? ::socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0) : -1;  // connecting it sends nothing
+  sockaddr_in mine{};
+  socklen_t size = sizeof mine;
+  const bool known = fd >= 0 && ::connect(fd, reinterpret_cast<const sockaddr*>(&*there), sizeof *there) == 0 && ::getsockname(fd, reinterpret_cast<sockaddr*>(&mine), &size) == 0;
+  if (fd >= 0) ::close(fd);
+  char text[INET_ADDRSTRLEN] = "";
+  if (known) ::inet_ntop(AF_INET, &mine.sin_addr, text, sizeof text);
+  return std::string(text).starts_with("127.") ? "" : text;
 }
 
 std::shared_ptr<Store> make_thread_store() {
@@ -91,7 +119,9 @@ Mesh::Mesh(const Store& store, const std::string& name, int64_t rank, int64_t si
   struct sigaction at_pipe {};
   if (::sigaction(SIGPIPE, nullptr, &at_pipe) == 0 && at_pipe.sa_handler == SIG_DFL) std::signal(SIGPIPE, SIG_IGN);
   auto options = c10d::ProcessGroupGloo::Options::create(timeout);
-  options->devices.push_back(host.empty() ? c10d::ProcessGroupGloo::createDefaultDevice() : c10d::ProcessGroupGloo::createDeviceForHostname(host));
+  const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
+  if (interface && *interface && host != "127.0.0.1") options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForInterface(interface));
+  else options->devices.push_back(host.empty() ? c10d::ProcessGroupGloo::createDefaultDevice() : c10d::ProcessGroupGloo::createDeviceForHostname(host));
   options->threads = 1;  // its pool serves collectives, of which none are used
   auto named = c10::make_intrusive<c10d::PrefixStore>(name, store.inside().store);
   named->setTimeout(timeout);

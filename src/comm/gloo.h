@@ -34,6 +34,9 @@ struct TcpAddress {
 // Throws std::exception with c10d's own words.
 std::shared_ptr<Store> open_tcp_store(const TcpAddress& address);
 
+// This machine's address on the way to a host; "" where there is none but the loopback's.
+std::string address_towards(const std::string& host, int port);
+
 // A store within this process, for ranks that are threads.
 std::shared_ptr<Store> make_thread_store();
 
@@ -49,7 +52,7 @@ class Message {
 // Connects the `size` ranks that give the same `name`; returns when all are connected.
 class Mesh {
  public:
-  // `host`: the address this machine listens at; empty: its hostname.
+  // `host`: the address this machine listens at; empty: its hostname. GLOO_SOCKET_IFNAME's interface instead, unless it is the loopback.
   Mesh(const Store& store, const std::string& name, int64_t rank, int64_t size, const std::string& host, std::chrono::milliseconds timeout);
   ~Mesh();
   Mesh(const Mesh&) = delete;

@@ -67,6 +67,7 @@ Rendezvous rendezvous_from_environment() {
   r.port = static_cast<int>(number("MASTER_PORT", r.port, 1));
   ULY_USER_CHECK(r.port < 65536, "environment variable MASTER_PORT: expected a port from 1 to 65535, found {}", r.port);
   r.one_machine = is_loopback(r.address) || number("LOCAL_WORLD_SIZE", 0, 1) == r.size;
+  r.prefix = variable("ULYSSES_JOB_TOKEN").value_or(r.prefix);
   // torchrun's agent keeps the store at this address and numbers its restarts.
   if (variable("TORCHELASTIC_USE_AGENT_STORE").value_or("") == "True") {
     r.served_elsewhere = true;
@@ -122,7 +123,7 @@ std::unique_ptr<Group> World::subgroup(const std::vector<int64_t>& ranks, const 
   std::unique_ptr<Mesh> mesh;
   try {
     mesh =
-        std::make_unique<Mesh>(*store_, key, members.mine, static_cast<int64_t>(ranks.size()), rendezvous_.one_machine ? "127.0.0.1" : "", rendezvous_.timeout);
+        std::make_unique<Mesh>(*store_, key, members.mine, static_cast<int64_t>(ranks.size()), rendezvous_.one_machine ? "127.0.0.1" : address_towards(rendezvous_.address, rendezvous_.port), rendezvous_.timeout);
   } catch (const std::exception& e) {
     throw DeviceError(fmt::format("rank {}: could not connect to the {} ranks of group '{}': {}", rank(), ranks.size(), name, first_line(e.what())));
   }

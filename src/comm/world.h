@@ -29,7 +29,7 @@ struct Rendezvous {
 };
 
 // Reads RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and what torchrun adds. Without RANK and
-// WORLD_SIZE: one rank. Throws UserError naming the variable that is no number or out of range.
+// WORLD_SIZE: one rank. ULYSSES_JOB_TOKEN: a word that only this job knows. Throws UserError naming the variable that is no number or out of range.
 Rendezvous rendezvous_from_environment();
 
 // One rank's membership. Groups may outlive it; on rank 0 it holds the store's server, so it stays as long as groups are

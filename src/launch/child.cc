@@ -29,6 +29,7 @@ std::vector<char*> pointers(const std::vector<std::string>& texts) {
     ::setpgid(0, 0);
     std::signal(SIGTTOU, SIG_IGN);  // it may write to the terminal all the same
   }
+  if (o.in_fd >= 0) ::dup2(o.in_fd, STDIN_FILENO);
   if (o.out_fd >= 0) ::dup2(o.out_fd, STDOUT_FILENO);
   if (o.error_fd >= 0) ::dup2(o.error_fd, STDERR_FILENO);
   sigset_t none;

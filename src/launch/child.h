@@ -11,7 +11,7 @@ namespace uly::launch {
 struct ChildOptions {
   std::vector<std::string> command;      // path and arguments
   std::vector<std::string> environment;  // NAME=value
-  int out_fd = -1, error_fd = -1;        // become its stdout and stderr; -1: this process's own
+  int in_fd = -1, out_fd = -1, error_fd = -1;  // become its stdin, stdout and stderr; -1: this process's own
   bool own_group = false;                // a process group of its own: a terminal's Ctrl-C does not reach it
 };
 

@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <poll.h>
-#include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -20,6 +19,7 @@
 #include "launch/child.h"
 #include "launch/environment.h"
 #include "launch/gpus.h"
+#include "launch/signals.h"
 
 namespace uly::launch {
 namespace {
@@ -35,7 +35,8 @@ constexpr milliseconds kHold{5000};
 struct Rank {
   int64_t rank = 0;
   pid_t pid = -1;
-  int error_fd = -1;       // read end; -1 for rank 0 and after its end
+  int error_fd = -1;       // read end; -1 where it speaks for itself and after its end
+  int log_fd = -1;
   std::string unfinished;  // a line without its end
   std::string held;        // lines from "error: " on
   Clock::time_point held_since{};
@@ -47,47 +48,14 @@ struct Rank {
   int code() const { return killed() ? static_cast<int>(Exit::kDevice) : WEXITSTATUS(*status); }
 };
 
-void write_stderr(const std::string& text) {
+void write_to(int fd, const std::string& text) {
   for (size_t at = 0; at < text.size();) {
-    const ssize_t n = ::write(STDERR_FILENO, text.data() + at, text.size() - at);
+    const ssize_t n = ::write(fd, text.data() + at, text.size() - at);
     if (n < 0 && errno != EINTR) return;  // nobody listens; the job goes on
     if (n > 0) at += static_cast<size_t>(n);
   }
 }
-
-// Blocks the signals that the watch reads from a descriptor; gives them back at the end.
-class Signals {
- public:
-  Signals() {
-    std::signal(SIGCHLD, SIG_DFL);  // where it is ignored, ended children could not be waited for
-    sigset_t set;
-    ::sigemptyset(&set);
-    for (int s : {SIGINT, SIGTERM, SIGHUP, SIGCHLD}) ::sigaddset(&set, s);
-    ::sigprocmask(SIG_BLOCK, &set, &before_);
-    fd_ = ::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
-    if (fd_ < 0) throw DeviceError(fmt::format("signalfd: {}", std::strerror(errno)));
-  }
-  ~Signals() {
-    ::close(fd_);
-    ::sigprocmask(SIG_SETMASK, &before_, nullptr);
-  }
-  Signals(const Signals&) = delete;
-  Signals& operator=(const Signals&) = delete;
-
-  int fd() const { return fd_; }
-  // Returns the signals that came to be passed on.
-  std::vector<int> take() {
-    std::vector<int> came;
-    signalfd_siginfo info;
-    while (::read(fd_, &info, sizeof info) == sizeof info)
-      if (info.ssi_signo != SIGCHLD) came.push_back(static_cast<int>(info.ssi_signo));
-    return came;
-  }
-
- private:
-  sigset_t before_;
-  int fd_ = -1;
-};
+void write_stderr(const std::string& text) { write_to(STDERR_FILENO, text); }
 
 class Watch {
  public:
@@ -96,14 +64,15 @@ class Watch {
     kill_all(SIGKILL);
     for (Rank& r : ranks_) {
       if (r.pid > 0 && !r.status) ::waitpid(r.pid, nullptr, 0);
-      if (r.error_fd >= 0) ::close(r.error_fd);
+      for (const int fd : {r.error_fd, r.log_fd})
+        if (fd >= 0) ::close(fd);
     }
   }
   Watch(const Watch&) = delete;
   Watch& operator=(const Watch&) = delete;
 
   int run() {
-    const int port = job_.master_port > 0 ? job_.master_port : free_port();
+    const int port = job_.node ? job_.node->master_port : job_.master_port > 0 ? job_.master_port : free_port();
     for (int64_t r = 0; r < job_.ranks; ++r) start(r, port);
     while (std::any_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return !r.status; })) {
       wait_for_news();
@@ -117,7 +86,8 @@ class Watch {
   }
 
  private:
-  void start(int64_t rank, int port);
+  void start(int64_t local_rank, int port);
+  void open_log(Rank& r);
   void wait_for_news();
   void read_errors(Rank& r);
   void take_line(Rank& r, const std::string& line);
@@ -142,33 +112,49 @@ class Watch {
   int asked_to_end_ = 0;  // the signal that was passed on
 };
 
-void Watch::start(int64_t rank, int port) {
+void Watch::start(int64_t local_rank, int port) {
   const std::string threads = variable("OMP_NUM_THREADS").value_or(std::to_string(std::max<int64_t>(1, job_.cores / job_.ranks)));
+  const int64_t rank = (job_.node ? job_.node->first_rank() : 0) + local_rank, world = job_.node ? job_.node->world() : job_.ranks;
+  const bool speaks = rank == 0 && job_.log_folder.empty();
   ChildOptions options;
   options.command = job_.command;
   options.own_group = true;
   options.environment = environment_with({{"RANK", std::to_string(rank)},
-                                          {"LOCAL_RANK", std::to_string(rank)},
-                                          {"WORLD_SIZE", std::to_string(job_.ranks)},
+                                          {"LOCAL_RANK", std::to_string(local_rank)},
+                                          {"WORLD_SIZE", std::to_string(world)},
                                           {"LOCAL_WORLD_SIZE", std::to_string(job_.ranks)},
-                                          {"MASTER_ADDR", "127.0.0.1"},
+                                          {"LOCAL_SIZE", std::to_string(job_.ranks)},
+                                          {"CROSS_RANK", std::to_string(job_.node ? job_.node->index : 0)},
+                                          {"CROSS_SIZE", std::to_string(job_.node ? job_.node->hosts.size() : 1)},
+                                          {"MASTER_ADDR", job_.node ? job_.node->master_address : "127.0.0.1"},
                                           {"MASTER_PORT", std::to_string(port)},
                                           {"OMP_NUM_THREADS", threads},
                                           {"CUDA_DEVICE_ORDER", cuda_device_order()},
                                           {"TORCHELASTIC_USE_AGENT_STORE", std::nullopt}});
   Rank r;
   r.rank = rank;
-  int ends[2] = {-1, -1};
-  if (rank > 0 && ::pipe2(ends, O_CLOEXEC) != 0) throw DeviceError(fmt::format("no pipe to rank {}: {}", rank, std::strerror(errno)));
-  if (rank > 0) {
+  int ends[2] = {-1, -1}, nothing = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+  if (!speaks && ::pipe2(ends, O_CLOEXEC) != 0) throw DeviceError(fmt::format("no pipe to rank {}: {}", rank, std::strerror(errno)));
+  if (!speaks) {
     ::fcntl(ends[0], F_SETFL, O_NONBLOCK);
-    options.error_fd = options.out_fd = ends[1];
+    options.error_fd = ends[1];
+    if (rank > 0) options.out_fd = ends[1];
   }
+  options.in_fd = nothing;  // stdin is a leader's, or a terminal that ranks have no use for
   r.error_fd = ends[0];
+  open_log(r);
   ranks_.push_back(r);
   ranks_.back().pid = start_child(options);
   ::setpgid(ranks_.back().pid, ranks_.back().pid);  // here too: a signal must not come before the child did it
-  if (rank > 0) ::close(ends[1]);
+  ::close(nothing);
+  if (!speaks) ::close(ends[1]);
+}
+
+void Watch::open_log(Rank& r) {
+  if (job_.log_folder.empty()) return;
+  const std::string path = fmt::format("{}/rank_{}.log", job_.log_folder, r.rank);
+  r.log_fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  ULY_USER_CHECK(r.log_fd >= 0, "--enable_each_rank_log: {} cannot be written: {}", path, std::strerror(errno));
 }
 
 void Watch::wait_for_news() {
@@ -197,6 +183,8 @@ void Watch::read_errors(Rank& r) {
 }
 
 void Watch::take_line(Rank& r, const std::string& line) {
+  if (r.log_fd >= 0) write_to(r.log_fd, line + "\n");
+  if (r.rank == 0) return write_stderr(line + "\n");
   const std::string text = fmt::format("[rank {}] {}\n", r.rank, line);
   if (r.held.empty() && !line.starts_with("error: ")) return write_stderr(text);
   if (r.held.empty()) r.held_since = Clock::now();
@@ -204,7 +192,7 @@ void Watch::take_line(Rank& r, const std::string& line) {
 }
 
 void Watch::quote(Rank& r) {
-  write_stderr(r.held);
+  tell_of_end(r.held);
   r.held.clear();
 }
 
@@ -253,17 +241,18 @@ int Watch::conclude() {
     const bool echo = cause_ && &r != cause_ && r.failed() && (r.killed() || r.code() == static_cast<int>(Exit::kDevice) || r.code() == cause_->code());
     if (!echo) quote(r);
   }
+  const bool killed = cause_ && cause_->killed();
+  say_ended(cause_ ? cause_->code() : 0, killed && asked_to_end_ == 0);
   if (!cause_) return 0;
-  if (asked_to_end_ != 0 && cause_->killed()) {
-    say("stopped by {}", signal_name(asked_to_end_));
+  if (asked_to_end_ != 0 && killed) {
+    if (!job_.node || !job_.node->led) say("stopped by {}", signal_name(asked_to_end_));
     return 128 + asked_to_end_;
   }
-  const char* others = job_.ranks > 1 ? "; the other ranks were stopped" : "";
-  if (cause_->killed())
-    say("rank {} (pid {}) was killed by signal {} ({}){}", cause_->rank, cause_->pid, WTERMSIG(*cause_->status), signal_name(WTERMSIG(*cause_->status)),
-        others);
+  const char* others = ranks_.size() > 1 ? "; the other ranks were stopped" : "";
+  if (killed)
+    tell_of_end(fmt::format("rank {} (pid {}) was killed by signal {} ({}){}\n", cause_->rank, cause_->pid, WTERMSIG(*cause_->status), signal_name(WTERMSIG(*cause_->status)), others));
   else if (cause_->rank > 0 && !cause_->saved())  // rank 0 has spoken for itself
-    say("rank {} ended with exit code {}{}", cause_->rank, cause_->code(), others);
+    tell_of_end(fmt::format("rank {} ended with exit code {}{}\n", cause_->rank, cause_->code(), others));
   return cause_->code();
 }
 

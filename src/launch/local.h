@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "launch/nodes.h"
+
 namespace uly::launch {
 
 struct LocalJob {
@@ -14,11 +16,14 @@ struct LocalJob {
   int master_port = 0;                    // 0: a free one
   int64_t cores = 1;                      // shared among the ranks: OMP_NUM_THREADS, unless that is set
   std::chrono::milliseconds grace{5000};  // between SIGTERM and SIGKILL
+  std::string log_folder;                 // a file rank_3.log of what each rank says, besides; "": none
+  const Node* node = nullptr;             // of a job on several machines: `ranks` are those here
 };
 
 // Runs the ranks until all have ended and returns the exit code of the one that failed first, or 0.
 //
-// Rank 0 speaks to this process's stdout and stderr; lines of the others come to stderr after "[rank 3] ". From a line
+// Rank 0 speaks to this process's stdout and stderr (with a log folder: through pipes, as the others do); lines of the others come to
+// stderr after "[rank 3] ". From a line
 // of theirs that begins with "error: " on, what they say is held back until it is known who failed first, so that one
 // failure is told once.
 //

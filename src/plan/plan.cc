@@ -217,7 +217,10 @@ int64_t free_scratch_bytes(const recipe::Recipe& r) {
 
 int64_t scratch_bytes(const recipe::Recipe& r) { return r.memory_disk_folders.empty() ? 0 : r.memory_disk_bytes > 0 ? r.memory_disk_bytes : free_scratch_bytes(r); }
 
-int64_t ranks_on_machine(const Machine& machine, int64_t world) { return machine.cuda ? std::max<int64_t>(1, std::min(world, machine.gpus * machine.gpu_ranks)) : world; }
+int64_t ranks_on_machine(const Machine& machine, int64_t world) {
+  if (machine.local_ranks > 0) return machine.local_ranks;
+  return machine.cuda ? std::max<int64_t>(1, std::min(world, machine.gpus * machine.gpu_ranks)) : world;
+}
 
 Question question(const Plan& plan, const recipe::Recipe& r, const Machine& machine) {
   return {.room = plan.room, .rates = machine.cuda ? preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, plan.mesh.W)) : Rates{}, .besides_bytes = plan.besides_bytes, .cuda = machine.cuda, .micro_batches = r.gradient_accumulation_steps};

@@ -52,9 +52,10 @@ Session::Session(const Job& job, comm::World& world)
   machine_ = plan::this_machine(job.cuda, 0);
   if (job.cuda) look_at_gpu(machine_, local_rank, place ? place->local_world_size : 1);
   machine_.disk_bytes = plan::scratch_bytes(recipe_);
+  machine_.local_ranks = place ? place->local_world_size : 1;
   // Every rank plans with the least that any has; nobody's GPU is in use before all have looked.
-  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus, -machine_.disk_bytes});
-  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6], machine_.disk_bytes = -least[7];
+  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus, -machine_.disk_bytes, machine_.local_ranks});
+  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6], machine_.disk_bytes = -least[7], machine_.local_ranks = least[8];
   std::optional<plan::DataFacts> data;
   if (!job.rehearse) data = plan::DataFacts{.tokens_path = job.tokens_path};
   plan_ = plan::make(recipe_, spec, machine_, world_.size(), data);

@@ -1,0 +1,17 @@
+// What of this process's environment ranks on other machines get.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace uly::launch {
+
+using Variables = std::vector<std::pair<std::string, std::string>>;
+
+// Variables that are known to matter (NCCL_, HF_, PYTHON, OMP_, ...), then the lines `KEY=VALUE` of ~/.deepspeed_env and of
+// ./.deepspeed_env, or of the files of that name in DS_ENV_FILE; the later wins. Blank lines and `#` lines count for nothing. Throws
+// UserError naming file and line for any other.
+Variables exported_variables();
+
+}  // namespace uly::launch

@@ -1,0 +1,494 @@
+#include "launch/nodes.h"
+
+#include <fcntl.h>
+#include <arpa/inet.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <poll.h>
+#include <sys/statvfs.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <mutex>
+#include <optional>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "launch/child.h"
+#include "launch/environment.h"
+#include "launch/local.h"
+#include "launch/signals.h"
+
+namespace uly::launch {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+constexpr seconds kBeat{2};          // between signs of life
+constexpr seconds kSilence{20};      // after which a follower takes its leader for gone
+constexpr seconds kHello{60};        // for all machines to answer
+constexpr milliseconds kSettle{700}; // machines that fail together are seen one after the other
+constexpr seconds kGrace{15};        // between SIGTERM and the end of the connection
+constexpr int kSshFailed = 255, kNotFound = 127, kNotExecutable = 126;
+
+std::string joined(const std::vector<std::string>& parts, const char* between) {
+  std::string all;
+  for (const std::string& part : parts) all += (all.empty() ? "" : between) + part;
+  return all;
+}
+
+// As one word of a POSIX shell.
+std::string quoted(const std::string& text) {
+  std::string word = "'";
+  for (const char c : text) word += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return word + "'";
+}
+
+void write_all(int fd, const std::string& text) {
+  for (size_t at = 0; at < text.size();) {
+    const ssize_t n = ::write(fd, text.data() + at, text.size() - at);
+    if (n < 0 && errno != EINTR) return;  // nobody listens; that its other end is closed is seen elsewhere
+    if (n > 0) at += static_cast<size_t>(n);
+  }
+}
+
+Json to_json(const std::vector<Host>& hosts) {
+  Json all = Json::array();
+  for (const Host& h : hosts) all.push_back({{"name", h.name}, {"slots", h.slots}});
+  return all;
+}
+
+// Nobody else's guess: names this job's keys where ranks meet.
+std::string token() {
+  std::random_device random;
+  return fmt::format("{:08x}{:08x}{:08x}{:08x}/", random(), random(), random(), random());
+}
+
+// --- the leader's side
+
+struct Follower {
+  Host host;
+  bool here = false;  // no ssh
+  pid_t pid = -1;
+  int in = -1, out = -1, error = -1;
+  std::string out_text, error_text;  // a line without its end
+  std::string spoken;                // on stderr before it has said what it is
+  std::string held;                  // of its end
+  std::optional<Json> facts, ended;
+  bool ready = false;
+  std::optional<int> status;
+  Clock::time_point ended_at{};
+
+  bool killed() const { return status && (WIFSIGNALED(*status) || (!ended && !here && WEXITSTATUS(*status) == kSshFailed)); }
+  int code() const { return killed() ? static_cast<int>(Exit::kDevice) : WEXITSTATUS(*status); }
+  bool failed() const { return status && *status != 0; }
+  bool saved() const { return status && !killed() && code() == static_cast<int>(Exit::kPreempted); }
+  // Who failed by itself comes before who lost a peer.
+  int weight() const {
+    if (killed() || (ended && ended->value("killed", false))) return 0;
+    if (saved()) return 3;
+    return code() == static_cast<int>(Exit::kDevice) ? 2 : 1;
+  }
+};
+
+class Leader {
+ public:
+  explicit Leader(const Lead& job) : job_(job) {
+    std::signal(SIGPIPE, SIG_IGN);
+    followers_.reserve(job.hosts.size());
+    for (const Host& host : job.hosts) start(host);
+  }
+  ~Leader() {
+    for (Follower& f : followers_) {
+      close_in(f);
+      if (f.pid > 0 && !f.status) ::kill(-f.pid, f.here ? SIGTERM : SIGKILL), ::waitpid(f.pid, nullptr, 0);
+      for (int fd : {f.out, f.error})
+        if (fd >= 0) ::close(fd);
+    }
+  }
+  Leader(const Leader&) = delete;
+  Leader& operator=(const Leader&) = delete;
+
+  int run() {
+    const auto deadline = Clock::now() + kHello;
+    while (!all([](const Follower& f) { return f.facts.has_value(); })) {
+      turn();
+      for (const Follower& f : followers_)
+        if (f.status && !f.facts) refuse(f);
+      if (asked_to_end_ != 0) return 128 + asked_to_end_;
+      if (Clock::now() > deadline) {
+        std::vector<std::string> silent;
+        for (const Follower& f : followers_)
+          if (!f.facts) silent.push_back(f.host.name);
+        throw DeviceError(fmt::format("{}: no answer within {} s", joined(silent, ", "), kHello.count()));
+      }
+    }
+    send_job();
+    while (!all([](const Follower& f) { return f.status.has_value() && f.error < 0; })) {
+      turn();
+      if (!gone_ && all([](const Follower& f) { return f.ready; })) gone_ = true, tell("go\n");
+      act();
+    }
+    return conclude();
+  }
+
+ private:
+  template <typename F>
+  bool all(F&& is) const { return std::all_of(followers_.begin(), followers_.end(), is); }
+
+  void start(const Host& host);
+  void send_job();
+  void turn();
+  void read(Follower& f, int& fd, std::string& text, bool error);
+  void take(Follower& f, const std::string& line, bool error);
+  void act();
+  int conclude();
+  [[noreturn]] void refuse(const Follower& f);
+
+  void tell(const std::string& line) {
+    for (const Follower& f : followers_)
+      if (f.in >= 0) write_all(f.in, line);
+  }
+  void close_in(Follower& f) {
+    if (f.in >= 0) ::close(f.in);
+    f.in = -1;
+  }
+  std::string prefix(const Follower& f) const { return &f == &followers_[0] ? "" : fmt::format("[{}] ", f.host.name); }
+
+  const Lead& job_;
+  Signals signals_;
+  std::vector<Follower> followers_;
+  Clock::time_point beat_ = Clock::now();
+  std::optional<Clock::time_point> failed_at_, stopped_at_;
+  const Follower* cause_ = nullptr;
+  int asked_to_end_ = 0;
+  bool gone_ = false;           // all are ready: ranks run
+  std::set<std::string> said_;  // until then; what each machine finds for itself is told once
+};
+
+void Leader::start(const Host& host) {
+  Follower f{.host = host, .here = is_this_machine(host.name)};
+  int in[2], out[2], error[2];
+  for (int* ends : {in, out, error})
+    if (::pipe2(ends, O_CLOEXEC) != 0) throw DeviceError(fmt::format("no pipe to {}: {}", host.name, std::strerror(errno)));
+  const std::string program = program_folder() + "/ulysses";
+  ChildOptions child{.environment = environment_with({}), .in_fd = in[0], .out_fd = out[1], .error_fd = error[1], .own_group = true};
+  if (f.here) {
+    child.command = {program, "follow"};
+  } else {
+    child.command = {"/usr/bin/env", "ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"};
+    if (job_.ssh_port > 0) child.command.insert(child.command.end(), {"-p", std::to_string(job_.ssh_port)});
+    child.command.insert(child.command.end(), {"--", host.name, "exec " + quoted(program) + " follow"});
+  }
+  f.pid = start_child(child);
+  ::setpgid(f.pid, f.pid);
+  for (int fd : {in[0], out[1], error[1]}) ::close(fd);
+  for (int fd : {in[1], out[0], error[0]}) ::fcntl(fd, F_SETFL, O_NONBLOCK);
+  f.in = in[1], f.out = out[0], f.error = error[0];
+  followers_.push_back(std::move(f));
+}
+
+// Before it has answered.
+void Leader::refuse(const Follower& f) {
+  std::string why = f.spoken;
+  while (why.ends_with('\n')) why.pop_back();
+  why = why.substr(why.rfind('\n') == std::string::npos ? 0 : why.rfind('\n') + 1);
+  const std::string program = program_folder() + "/ulysses";
+  const int code = WIFEXITED(*f.status) ? WEXITSTATUS(*f.status) : -1;
+  if (code == kNotFound || code == kNotExecutable) user_error("{}: no {} there: use a path that all machines share, or install it there", f.host.name, program);
+  if (code == kSshFailed && !f.here) {
+    const bool key = why.find("ermission denied") != std::string::npos || why.find("Host key") != std::string::npos;
+    if (key) user_error("{}: ssh: {}: expected to log in without a password: `ssh {}{} true` has to work", f.host.name, why, job_.ssh_port > 0 ? fmt::format("-p {} ", job_.ssh_port) : "", f.host.name);
+    throw DeviceError(fmt::format("{}: ssh: {}", f.host.name, why.empty() ? "the connection was lost" : why));
+  }
+  throw DeviceError(fmt::format("{}: ulysses there ended before it began (exit code {}){}", f.host.name, code, why.empty() ? "" : ": " + why));
+}
+
+void Leader::send_job() {
+  std::vector<Json> facts;
+  for (const Follower& f : followers_) facts.push_back(*f.facts);
+  for (size_t i = 0; i < followers_.size(); ++i) {
+    const std::string& name = followers_[i].host.name;
+    ULY_USER_CHECK(facts[i].at("engine").get<std::string>().empty(), "{}: {}", name, facts[i].at("engine").get<std::string>());
+    ULY_USER_CHECK(facts[i].at("build") == facts[0].at("build"), "{}: another build of ulysses ({}) than on {} ({}): install the same on all machines", name, facts[i].at("build").get<std::string>(), followers_[0].host.name, facts[0].at("build").get<std::string>());
+  }
+  const std::vector<std::string> more = job_.agree(facts);
+  std::string address = job_.master_address;
+  if (address.empty()) {
+    const auto addresses = facts[0].at("addresses").get<std::vector<std::string>>();
+    const bool alone = followers_.size() == 1;
+    ULY_USER_CHECK(alone || !addresses.empty(), "{}: it has no address but its own loopback: give --master_addr", followers_[0].host.name);
+    address = alone ? "127.0.0.1" : addresses[0];
+  }
+  std::error_code error;
+  Json job = {{"folder", std::filesystem::current_path(error).string()}, {"hosts", to_json(job_.hosts)}, {"master_address", address}, {"master_port", job_.master_port > 0 ? job_.master_port : facts[0].at("port").get<int>()}, {"arguments", job_.arguments}, {"variables", Json::array()}};
+  for (const std::string& argument : more) job["arguments"].push_back(argument);
+  job["variables"].push_back({"ULYSSES_JOB_TOKEN", token()});
+  for (const auto& [name, value] : exported_variables()) job["variables"].push_back({name, value});
+  for (size_t i = 0; i < followers_.size(); ++i) {
+    job["index"] = i;
+    write_all(followers_[i].in, job.dump() + "\n");
+  }
+}
+
+void Leader::turn() {
+  std::vector<pollfd> fds = {{signals_.fd(), POLLIN, 0}};
+  for (const Follower& f : followers_)
+    for (int fd : {f.out, f.error})
+      if (fd >= 0) fds.push_back({fd, POLLIN, 0});
+  ::poll(fds.data(), fds.size(), 100);
+  for (int signal : signals_.take()) {
+    if (asked_to_end_ != 0) {  // a second one: at once
+      tell("signal 9\n");
+      for (Follower& f : followers_) close_in(f);
+    }
+    asked_to_end_ = signal;
+    tell(fmt::format("signal {}\n", signal));
+  }
+  if (const auto now = Clock::now(); now - beat_ > kBeat) beat_ = now, tell("\n");
+  for (Follower& f : followers_) {
+    read(f, f.out, f.out_text, false);
+    read(f, f.error, f.error_text, true);
+    int status = 0;
+    if (f.status || ::waitpid(f.pid, &status, WNOHANG) != f.pid) continue;
+    read(f, f.out, f.out_text, false);
+    read(f, f.error, f.error_text, true);
+    f.status = status;
+    f.ended_at = Clock::now();
+    close_in(f);
+    if (f.failed() && !f.saved() && !failed_at_) failed_at_ = Clock::now();
+  }
+}
+
+void Leader::read(Follower& f, int& fd, std::string& text, bool error) {
+  if (fd < 0) return;
+  char buffer[16384];
+  ssize_t n = 0;
+  while ((n = ::read(fd, buffer, sizeof buffer)) > 0) text.append(buffer, static_cast<size_t>(n));
+  const bool ended = n == 0;
+  if (ended && !text.empty() && text.back() != '\n') text += '\n';
+  size_t first = 0;
+  for (size_t end; (end = text.find('\n', first)) != std::string::npos; first = end + 1) take(f, text.substr(first, end - first), error);
+  text.erase(0, first);
+  if (!ended) return;
+  ::close(fd);
+  fd = -1;
+}
+
+void Leader::take(Follower& f, const std::string& line, bool error) {
+  const bool control = !line.empty() && line[0] == kControl;
+  if (error) {
+    if (control) f.held += line.substr(1) + "\n";
+    else if (!f.facts) f.spoken += line + "\n";
+    else if (gone_ || said_.insert(line).second) write_all(STDERR_FILENO, prefix(f) + line + "\n");
+    return;
+  }
+  if (!control) {  // before the first line of control a login shell may speak
+    if (f.facts) write_all(STDOUT_FILENO, line + "\n");
+    return;
+  }
+  const Json said = Json::parse(line.substr(1), nullptr, false);
+  if (said.contains("facts")) f.facts = said["facts"];
+  else if (said.contains("ready")) f.ready = true;
+  else if (said.contains("ended")) f.ended = said["ended"];
+}
+
+void Leader::act() {
+  const auto now = Clock::now();
+  if (!failed_at_ || now - *failed_at_ < kSettle) return;
+  if (!stopped_at_) {
+    for (const Follower& f : followers_)
+      if (f.failed() && !f.saved() && (!cause_ || std::pair(f.weight(), f.ended_at) < std::pair(cause_->weight(), cause_->ended_at))) cause_ = &f;
+    stopped_at_ = now;
+    tell(fmt::format("signal {}\n", SIGTERM));
+  } else if (now - *stopped_at_ > kGrace) {
+    for (Follower& f : followers_) {
+      close_in(f);
+      if (!f.status && now - *stopped_at_ > 2 * kGrace) ::kill(-f.pid, SIGKILL);  // ssh; the machine beyond sees the end of its stdin, or nothing any more
+    }
+  }
+}
+
+int Leader::conclude() {
+  for (const Follower& f : followers_)
+    if (f.failed() && !f.saved() && (!cause_ || f.weight() < cause_->weight())) cause_ = &f;
+  if (!cause_)
+    for (const Follower& f : followers_)
+      if (f.saved() && !cause_) cause_ = &f;
+  for (const Follower& f : followers_) {
+    const bool echo = cause_ && &f != cause_ && f.failed() && (f.code() == cause_->code() || f.code() == static_cast<int>(Exit::kDevice) || f.code() > 128);
+    if (f.held.empty() || echo) continue;
+    std::string text;
+    for (size_t first = 0, end; (end = f.held.find('\n', first)) != std::string::npos; first = end + 1) text += prefix(f) + f.held.substr(first, end + 1 - first);
+    write_all(STDERR_FILENO, text);
+  }
+  if (!cause_) return 0;
+  if (asked_to_end_ != 0 && (cause_->killed() || cause_->code() > 128)) {
+    say("stopped by {}", signal_name(asked_to_end_));
+    return 128 + asked_to_end_;
+  }
+  const char* others = followers_.size() > 1 ? "; the other machines' ranks were stopped" : "";
+  if (!cause_->ended && cause_->killed()) say("{}: {}{}", cause_->host.name, cause_->here ? "ulysses was killed there" : "the connection was lost", others);
+  else if (!cause_->saved() && followers_.size() > 1) say("{}: ended with exit code {}{}", cause_->host.name, cause_->code(), others);
+  return cause_->code();
+}
+
+// --- the follower's side
+
+std::mutex mutex;
+std::condition_variable told;
+bool go = false, led = false;
+
+void say_control(const Json& what) {
+  std::fflush(stdout);
+  write_all(STDOUT_FILENO, kControl + what.dump() + "\n");
+}
+
+// A line of stdin; nothing at its end, or where none came in time.
+class Lines {
+ public:
+  std::optional<std::string> next(milliseconds patience) {
+    for (;;) {
+      if (const size_t end = text_.find('\n'); end != std::string::npos) {
+        std::string line = text_.substr(0, end);
+        text_.erase(0, end + 1);
+        return line;
+      }
+      pollfd fd{STDIN_FILENO, POLLIN, 0};
+      const int came = ::poll(&fd, 1, static_cast<int>(patience.count()));
+      if (came < 0 && errno == EINTR) continue;
+      char buffer[16384];
+      const ssize_t n = came > 0 ? ::read(STDIN_FILENO, buffer, sizeof buffer) : 0;
+      if (n <= 0) return std::nullopt;
+      text_.append(buffer, static_cast<size_t>(n));
+    }
+  }
+
+ private:
+  std::string text_;
+};
+
+// Does what the leader says, and ends this process when it says nothing any more.
+void obey(Lines lines) {
+  sigset_t all;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_BLOCK, &all, nullptr);  // they are for the main thread
+  while (const std::optional<std::string> line = lines.next(kSilence)) {
+    if (*line == "go") {
+      const std::lock_guard lock(mutex);
+      go = true;
+      told.notify_all();
+    } else if (line->starts_with("signal ")) {
+      ::kill(::getpid(), std::atoi(line->c_str() + 7));
+    }
+  }
+  ::kill(::getpid(), SIGTERM);
+  std::this_thread::sleep_for(seconds(8));
+  ::kill(::getpid(), SIGKILL);  // children die with it
+}
+
+std::vector<std::string> own_addresses() {
+  std::vector<std::string> all;
+  ifaddrs* list = nullptr;
+  if (::getifaddrs(&list) != 0) return all;
+  for (const ifaddrs* i = list; i; i = i->ifa_next) {
+    if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || (i->ifa_flags & IFF_LOOPBACK) != 0 || (i->ifa_flags & IFF_UP) == 0) continue;
+    char text[INET_ADDRSTRLEN] = "";
+    ::inet_ntop(AF_INET, &reinterpret_cast<const sockaddr_in*>(i->ifa_addr)->sin_addr, text, sizeof text);
+    all.push_back(text);
+  }
+  ::freeifaddrs(list);
+  return all;
+}
+
+// What tells two builds apart.
+std::string build_of(const std::string& version, const std::string& engine) {
+  std::ifstream file(engine, std::ios::binary);
+  const std::string bytes(std::istreambuf_iterator<char>(file), {});
+  return fmt::format("{}-{:08x}", version, XXH3_64bits(bytes.data(), bytes.size()) & 0xffffffff);
+}
+
+}  // namespace
+
+int64_t Node::first_rank() const {
+  int64_t rank = 0;
+  for (int64_t i = 0; i < index; ++i) rank += static_cast<int64_t>(hosts[static_cast<size_t>(i)].slots.size());
+  return rank;
+}
+
+int64_t Node::world() const {
+  int64_t ranks = 0;
+  for (const Host& h : hosts) ranks += static_cast<int64_t>(h.slots.size());
+  return ranks;
+}
+
+int lead(const Lead& job) { return Leader(job).run(); }
+
+Json facts_of_machine(const std::string& version, const Json& more) {
+  const std::string engine = engine_path();
+  struct statvfs shared {};
+  const bool known = ::statvfs("/dev/shm", &shared) == 0;
+  Json facts = {{"build", build_of(version, engine)}, {"engine", ""}, {"addresses", own_addresses()}, {"port", free_port()}, {"shared_memory_bytes", known ? static_cast<int64_t>(shared.f_bavail) * static_cast<int64_t>(shared.f_frsize) : -1}};
+  if (::access(engine.c_str(), X_OK) != 0) facts["engine"] = fmt::format("no {} there: use a path that all machines share, or install it there", engine);
+  facts.update(more);
+  return facts;
+}
+
+Followed follow(const Json& facts) {
+  std::signal(SIGPIPE, SIG_IGN);
+  led = true;
+  say_control({{"facts", facts}});
+  Lines lines;
+  // Signs of life come before the job too.
+  std::optional<std::string> line;
+  do line = lines.next(kSilence);
+  while (line && line->empty());
+  if (!line || line->starts_with("signal")) throw DeviceError("the leading ulysses is gone");
+  const Json job = Json::parse(*line, nullptr, false);
+  ULY_CHECK(job.is_object(), "a follower is told its job in a line of JSON");
+  std::thread(obey, std::move(lines)).detach();
+
+  Followed f;
+  f.node = {.index = job.at("index"), .master_address = job.at("master_address"), .master_port = job.at("master_port"), .led = true};
+  for (const Json& h : job.at("hosts")) f.node.hosts.push_back({.name = h.at("name"), .slots = h.at("slots").get<std::vector<int64_t>>()});
+  f.arguments = job.at("arguments").get<std::vector<std::string>>();
+  const std::string folder = job.at("folder");
+  ULY_USER_CHECK(::chdir(folder.c_str()) == 0, "no folder {} here: {}: the recipe and its files are expected under the same path on all machines", folder, std::strerror(errno));
+  for (const Json& v : job.at("variables")) ::setenv(v.at(0).get<std::string>().c_str(), v.at(1).get<std::string>().c_str(), 1);
+  return f;
+}
+
+void wait_for_go() {
+  say_control({{"ready", true}});
+  std::unique_lock lock(mutex);
+  told.wait(lock, [] { return go; });
+}
+
+void tell_of_end(const std::string& lines) {
+  std::string text;
+  for (size_t first = 0, end; (end = lines.find('\n', first)) != std::string::npos; first = end + 1) text += (led ? std::string(1, kControl) : "") + lines.substr(first, end + 1 - first);
+  write_all(STDERR_FILENO, text);
+}
+
+void say_ended(int code, bool killed) {
+  if (led) say_control({{"ended", {{"code", code}, {"killed", killed}}}});
+}
+
+}  // namespace uly::launch

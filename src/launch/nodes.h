@@ -1,0 +1,67 @@
+// A job on several machines: one leads, over ssh; on each a `ulysses` follows, which runs that machine's ranks.
+//
+// The leader starts `ulysses follow` on each machine, with nothing secret on its command line, and speaks to it through stdin: a line of
+// JSON with the job, "go" when all are ready, "signal N", and a sign of life every other second. When these end, because the leader, the
+// connection or the machine between them has, the follower ends its ranks: none is left behind. What followers say is passed on; what
+// one says of its end is held back until it is known who failed first. Their lines of control begin with kControl.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "base/json.h"
+#include "launch/exports.h"
+#include "launch/hostfile.h"
+
+namespace uly::launch {
+
+inline constexpr char kControl = '\x1e';
+
+// This machine's part of the job.
+struct Node {
+  int64_t index = 0;
+  std::vector<Host> hosts;  // of the whole job; ranks are numbered by host, then slot
+  std::string master_address;
+  int master_port = 0;
+  bool led = false;  // by a leader; else somebody starts the same command on each machine
+
+  int64_t local() const { return static_cast<int64_t>(hosts[static_cast<size_t>(index)].slots.size()); }
+  int64_t first_rank() const;
+  int64_t world() const;
+};
+
+struct Lead {
+  std::vector<Host> hosts;
+  std::vector<std::string> arguments;  // what each machine's ulysses is to run: verb, recipe, options
+  std::string master_address;          // "": the first that the first host says of itself
+  int master_port = 0;                 // 0: a free one there
+  int ssh_port = 0;                    // 0: ssh's own choice
+  // Given what each follower said of its machine, in the order of hosts. Adds to the arguments; throws what cannot be.
+  std::function<std::vector<std::string>(const std::vector<Json>&)> agree;
+};
+
+// Runs the job to its end and returns the exit code of the machine that failed first, or 0.
+int lead(const Lead& job);
+
+// What a follower says of its machine: {"version", "engine", "addresses", "port", ...} and `more`.
+Json facts_of_machine(const std::string& version, const Json& more);
+
+// The follower's side: says `facts`, waits for the job, enters its folder and takes its variables. From then on a leader that is gone
+// ends this process and its ranks. Returns the arguments.
+struct Followed {
+  Node node;
+  std::vector<std::string> arguments;
+};
+Followed follow(const Json& facts);
+
+// Says that all is prepared here, and returns when it is everywhere.
+void wait_for_go();
+
+// Lines of who failed and why, on stderr. A leader holds them back until it knows which machine was first.
+void tell_of_end(const std::string& lines);
+
+// Of this process, for its leader: how the ranks ended.
+void say_ended(int code, bool killed);
+
+}  // namespace uly::launch

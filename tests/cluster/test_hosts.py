@@ -1,0 +1,222 @@
+"""A job on two machines over ssh: it trains as on one, ends as a whole, and says who was first."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+import fixtures
+from conftest import PORT
+
+BUILD = pathlib.Path(os.environ.get("ULYSSES_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build")).resolve()
+ULYSSES = BUILD / "ulysses"
+
+
+class Job:
+    def __init__(self, hosts, ssh, folder):
+        self.hosts, self.ssh, self.folder = hosts, ssh, folder
+        fixtures.tiny(folder)
+        (folder / "hostfile").write_text("".join(f"{host.address} slots=2\n" for host in hosts))
+
+    def start(self, *arguments, hostfile="hostfile", path=None, **environment):
+        command = [str(ULYSSES), "run.yml", "--device", "cpu", "-H", hostfile, "--ssh_port", str(PORT), *arguments]
+        path = path or f"{self.ssh}/bin:{os.environ['PATH']}"
+        return subprocess.Popen(command, cwd=self.folder, env=fixtures.environment(PATH=path, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *arguments, code=0, **more):
+        process = self.start(*arguments, **more)
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == code, error
+        return out, error
+
+    def metrics(self, name="metrics.jsonl"):
+        path = self.folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for_a_step(self, process):
+        began = time.monotonic()
+        while not self.metrics():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() - began < 90, "no step"
+            time.sleep(0.05)
+
+    def ranks(self):
+        """{rank: pid} of the engines in this job's folder."""
+        found = {}
+        for place in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(place / "cwd") == str(self.folder) and "ulysses-engine" in os.readlink(place / "exe"):
+                    found[int(re.search(rb"\0RANK=(\d+)\0", b"\0" + (place / "environ").read_bytes())[1])] = int(place.name)
+            except OSError:
+                continue
+        return found
+
+    def left(self):
+        """All of ours that still run in this job's folder."""
+        found = []
+        for place in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(place / "cwd") == str(self.folder) and "ulysses" in os.readlink(place / "exe"):
+                    found.append((place.name, (place / "cmdline").read_bytes()))
+            except OSError:
+                continue
+        return found
+
+    def nothing_is_left(self, seconds=30):
+        began = time.monotonic()
+        while self.left():
+            assert time.monotonic() - began < seconds, self.left()
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def job(machines, tmp_path):
+    hosts, ssh = machines
+    made = Job(hosts, ssh, tmp_path)
+    yield made
+    for pid, _ in made.left():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_four_ranks_on_two_machines_train_as_four_on_one(job):
+    """P = 4 over both, then two replicas of P = 2; the environment file's variables arrive and are on no command line."""
+    (job.folder / ".deepspeed_env").write_text("# a comment\n\nSECRET_OF_MINE=a b'c\"$d\n")
+    for P in (4, 2):
+        _, said = job.run(f"sequence_parallel_size={P}")
+        several, weights = job.metrics(), fixtures.read_weights(job.folder / "out")
+        for name in ("metrics.jsonl", "out"):
+            (job.folder / name).rename(job.folder / f"{name}-{P}")
+        one = subprocess.run([str(ULYSSES), "run.yml", "--device", "cpu", "--num_gpus", "4", f"sequence_parallel_size={P}"], cwd=job.folder, env=fixtures.environment(), capture_output=True, text=True)
+        assert one.returncode == 0, one.stderr
+        assert [(m["loss"], m["grad_norm"]) for m in several] == [(m["loss"], m["grad_norm"]) for m in job.metrics()]
+        alone = fixtures.read_weights(job.folder / "out")
+        assert all(np.array_equal(weights[name], alone[name]) for name in alone)
+        for name in ("metrics.jsonl", "out"):
+            (job.folder / name).rename(job.folder / f"{name}-{P}-alone")
+    assert "SECRET" not in said
+
+
+def test_variables_arrive_without_being_seen(job):
+    (job.folder / ".deepspeed_env").write_text("# a comment\n\nSECRET_OF_MINE=a b'c\"$d\n")
+    process = job.start("sequence_parallel_size=4", "epochs=100000", WANDB_API_KEY="hidden-key")
+    job.wait_for_a_step(process)
+    for rank, pid in job.ranks().items():
+        environment = dict(entry.split("=", 1) for entry in pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0") if entry)
+        assert environment["SECRET_OF_MINE"] == "a b'c\"$d" and environment["WANDB_API_KEY"] == "hidden-key"
+        assert environment["WORLD_SIZE"] == "4" and environment["LOCAL_RANK"] == str(rank % 2) and environment["CROSS_RANK"] == str(rank // 2)
+        assert environment["MASTER_ADDR"] == job.hosts[0].address
+    for place in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            seen = (place / "cmdline").read_bytes()
+        except OSError:
+            continue
+        assert b"hidden-key" not in seen and b"c\"$d" not in seen
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    job.nothing_is_left()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_killed_rank_ends_all_and_is_named_once(job, rank):
+    process = job.start("sequence_parallel_size=4", "epochs=100000")
+    job.wait_for_a_step(process)
+    pids = job.ranks()
+    assert sorted(pids) == [0, 1, 2, 3]
+    os.kill(pids[rank], signal.SIGKILL)
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and time.monotonic() - began < 30
+    lines = said.splitlines()
+    assert len([line for line in lines if "was killed by signal 9" in line]) == 1 and f"rank {rank} (pid {pids[rank]})" in said
+    assert lines[-1] == f"{job.hosts[rank // 2].address}: ended with exit code 75; the other machines' ranks were stopped"
+    assert not [line for line in lines if "failed at rank" in line or "Gloo" in line], lines[-10:]
+    job.nothing_is_left()
+
+
+def test_a_killed_leader_leaves_nothing_behind(job):
+    process = job.start("sequence_parallel_size=4", "epochs=100000")
+    job.wait_for_a_step(process)
+    process.kill()
+    process.communicate()
+    job.nothing_is_left()
+
+
+def test_a_machine_that_cannot_be_reached_any_more_is_named(job):
+    process = job.start("sequence_parallel_size=4", "epochs=100000")
+    job.wait_for_a_step(process)
+    job.hosts[1].link(False)
+    try:
+        began = time.monotonic()
+        _, said = process.communicate(timeout=90)
+        assert process.returncode == 75 and time.monotonic() - began < 45
+        assert said.splitlines()[-1] == f"{job.hosts[1].address}: the connection was lost; the other machines' ranks were stopped"
+        job.nothing_is_left(60)
+    finally:
+        job.hosts[1].link(True)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all(job, sent):
+    process = job.start("sequence_parallel_size=4", "epochs=100000")
+    job.wait_for_a_step(process)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + sent and said.splitlines()[-1] == f"stopped by {sent.name}"
+    job.nothing_is_left()
+
+
+def test_what_is_wrong_on_all_is_said_once(job):
+    (job.folder / "chats.jsonl").write_text('{"messages": 3}\n')
+    _, said = job.run(code=2)
+    assert len([line for line in said.splitlines() if "chats.jsonl" in line]) == 1, said
+
+
+def test_hosts_that_cannot_be_reached_are_said_in_a_sentence(job, tmp_path):
+    down = job.hosts[0].address.rsplit(".", 1)[0] + ".99"
+    (job.folder / "down").write_text(f"{job.hosts[0].address} slots=2\n{down} slots=2\n")
+    _, said = job.run(code=75, hostfile="down")
+    assert said.splitlines()[-1].startswith(f"{down}: ssh: ") and job.left() == []
+    other = tmp_path / "other-ssh"
+    other.mkdir()
+    (other / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F /dev/null -o UserKnownHostsFile={job.ssh}/known_hosts "$@"\n')
+    (other / "ssh").chmod(0o755)
+    _, said = job.run(code=2, path=f"{other}:{os.environ['PATH']}")
+    assert "expected to log in without a password: `ssh -p 2222 " in said and "Permission denied" in said
+
+
+def test_a_machine_with_another_build_or_none_is_named(job):
+    """Of two namespaces both see these files: one machine's login is made to see others."""
+    shell = job.ssh / "bin" / "ssh"
+    before = shell.read_text()
+    try:
+        shell.write_text(before.replace('"$@"', f'$(echo "$@" | sed "/{job.hosts[1].address}/s#{BUILD}#/nowhere#")'))
+        _, said = job.run(code=2)
+        assert said.splitlines()[-1] == f"{job.hosts[1].address}: no {ULYSSES} there: use a path that all machines share, or install it there"
+    finally:
+        shell.write_text(before)
+
+
+def test_each_machine_started_by_hand(job):
+    """--no_ssh: the same command on each, with its place."""
+    common = ["ip", "netns", "exec"]
+    started = [
+        subprocess.Popen([*common, host.name, str(ULYSSES), "run.yml", "--device", "cpu", "-H", "hostfile", "--no_ssh", "--node_rank", str(i), "--master_addr", job.hosts[0].address, "sequence_parallel_size=4"],
+                         cwd=job.folder, env=fixtures.environment(), stderr=subprocess.PIPE, text=True)
+        for i, host in enumerate(job.hosts)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert len(job.metrics()) > 0
+
+
+def test_a_file_for_each_rank(job):
+    (job.folder / "logs").mkdir()
+    job.run("sequence_parallel_size=4", "--enable_each_rank_log", "logs")
+    assert sorted(path.name for path in (job.folder / "logs").iterdir()) == [f"rank_{r}.log" for r in range(4)]
+    assert "Train iter" in (job.folder / "logs" / "rank_0.log").read_text()
