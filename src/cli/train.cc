@@ -71,7 +71,10 @@ std::string engine_program() {
 }
 
 int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& machine, const std::vector<std::string>& command) {
-  if (ranks.place) become_engine(command);
+  if (ranks.place) {
+    launch::set_place(*ranks.place);
+    become_engine(command);
+  }
   if (ranks.node && ranks.node->led) launch::wait_for_go();
   return launch::run_local({.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr});
 }

@@ -52,6 +52,72 @@ std::string expanded(std::string path) {
   return out;
 }
 
+// What a launcher that is not ours calls a process's place.
+struct Names {
+  const char *rank, *world, *local_rank, *local_world;
+  const char* address;  // how to say the first machine's
+};
+constexpr Names kOpenMpi{"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "mpirun -x MASTER_ADDR=HOST"};
+constexpr Names kHydra{"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "mpiexec -genv MASTER_ADDR HOST"};
+
+// The same port for all processes of a job, another for other jobs: most likely free.
+int port_of(const std::string& job) { return 20000 + static_cast<int>(std::hash<std::string>()(job) % 10000); }
+
+// How many tasks "2(x3),1" gives to the node of this number.
+int64_t tasks_of_node(const std::string& list, int64_t node) {
+  int64_t first = 0;
+  for (size_t at = 0; at < list.size();) {
+    const size_t end = std::min(list.find(',', at), list.size());
+    const std::string part = list.substr(at, end - at);
+    const size_t times = part.find("(x");
+    const int64_t tasks = whole_number(part.substr(0, times)).value_or(0), nodes = times == std::string::npos ? 1 : whole_number(part.substr(times + 2, part.size() - times - 3)).value_or(1);
+    if (node < first + nodes) return tasks;
+    first += nodes;
+    at = end + 1;
+  }
+  return 0;
+}
+
+// Within `srun`, not in a batch script beside it.
+std::optional<Place> place_in_slurm() {
+  constexpr int64_t kMany = 1 << 20;
+  if (variable("SLURM_STEP_ID").value_or("").empty() || variable("SLURM_PROCID").value_or("").empty()) return std::nullopt;
+  const char* tasks = variable("SLURM_STEP_NUM_TASKS") ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS";
+  Place place{.world_size = number(tasks, 1, 1, kMany)};
+  if (place.world_size == 1) return std::nullopt;
+  place.rank = number("SLURM_PROCID", std::nullopt, 0, place.world_size - 1);
+  place.local_rank = number("SLURM_LOCALID", 0, 0, place.world_size - 1);
+  const std::string per_node = variable("SLURM_STEP_TASKS_PER_NODE").value_or(variable("SLURM_TASKS_PER_NODE").value_or(""));
+  place.local_world_size = std::max(place.local_rank + 1, tasks_of_node(per_node, number("SLURM_NODEID", 0, 0, kMany)));
+  place.master_address = variable("MASTER_ADDR").value_or(first_of_hosts(variable("SLURM_STEP_NODELIST").value_or(variable("SLURM_JOB_NODELIST").value_or(""))));
+  ULY_USER_CHECK(!place.master_address.empty(), "environment variable SLURM_STEP_NODELIST: expected the job's hosts, found nothing");
+  if (place.local_world_size == place.world_size && !variable("MASTER_ADDR")) place.master_address = "127.0.0.1";
+  place.master_port = static_cast<int>(number("MASTER_PORT", port_of(variable("SLURM_JOB_ID").value_or("") + "." + *variable("SLURM_STEP_ID")), 1, 65535));
+  return place;
+}
+
+std::optional<Place> place_in_mpi(const Names& names) {
+  constexpr int64_t kMany = 1 << 20;
+  if (variable(names.rank).value_or("").empty() || variable(names.world).value_or("").empty()) return std::nullopt;
+  Place place{.world_size = number(names.world, std::nullopt, 1, kMany)};
+  if (place.world_size == 1) return std::nullopt;
+  place.rank = number(names.rank, std::nullopt, 0, place.world_size - 1);
+  place.local_rank = number(names.local_rank, std::nullopt, 0, place.world_size - 1);
+  place.local_world_size = number(names.local_world, std::nullopt, place.local_rank + 1, place.world_size);
+  const bool alone = place.local_world_size == place.world_size;
+  place.master_address = variable("MASTER_ADDR").value_or(alone ? "127.0.0.1" : "");
+  ULY_USER_CHECK(!place.master_address.empty(), "environment variable MASTER_ADDR: expected the first machine's address, as ranks are on several ({}): {}", names.world, names.address);
+  const std::string job = variable("PMIX_NAMESPACE").value_or(variable("OMPI_MCA_ess_base_jobid").value_or(variable("HYDRA_JOBID").value_or("")));
+  place.master_port = static_cast<int>(number("MASTER_PORT", job.empty() ? 29500 : port_of(job), 1, 65535));
+  return place;
+}
+
+std::optional<Place> place_of_others() {
+  if (auto place = place_in_slurm()) return place;
+  if (auto place = place_in_mpi(kOpenMpi)) return place;
+  return place_in_mpi(kHydra);
+}
+
 std::string hub_home() {
   const std::string cache = variable("XDG_CACHE_HOME").value_or("~/.cache");
   return variable("HF_HOME").value_or(cache + "/huggingface");
@@ -71,9 +137,25 @@ std::optional<int64_t> whole_number(std::string_view text) {
   return value;
 }
 
+std::string first_of_hosts(const std::string& list) {
+  const std::string host = list.substr(0, list.find(','));  // "a[01-03"
+  const size_t bracket = host.find('[');
+  if (bracket == std::string::npos) return host;
+  const std::string number = host.substr(bracket + 1, host.find_first_of("-]", bracket + 1) - bracket - 1);
+  const size_t end = list.find(']');
+  const size_t comma = list.find(',', end);
+  return host.substr(0, bracket) + number + (end == std::string::npos ? "" : list.substr(end + 1, comma == std::string::npos ? comma : comma - end - 1));
+}
+
+void set_place(const Place& place) {
+  for (const auto& [name, value] : {std::pair{"RANK", place.rank}, {"WORLD_SIZE", place.world_size}, {"LOCAL_RANK", place.local_rank}, {"LOCAL_WORLD_SIZE", place.local_world_size}, {"MASTER_PORT", int64_t{place.master_port}}})
+    ::setenv(name, std::to_string(value).c_str(), 1);
+  ::setenv("MASTER_ADDR", place.master_address.c_str(), 1);
+}
+
 std::optional<Place> place_in_job() {
-  if (variable("RANK").value_or("").empty() || variable("WORLD_SIZE").value_or("").empty()) return std::nullopt;
   constexpr int64_t kMany = 1 << 20;
+  if (variable("RANK").value_or("").empty() || variable("WORLD_SIZE").value_or("").empty()) return place_of_others();
   Place place;
   place.world_size = number("WORLD_SIZE", std::nullopt, 1, kMany);
   place.rank = number("RANK", std::nullopt, 0, place.world_size - 1);

@@ -23,9 +23,16 @@ struct Place {
   int master_port = 0;
 };
 
-// Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT; nothing unless RANK and WORLD_SIZE are
-// both set. Throws UserError naming the variable that is no number, out of range, or missing.
+// Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT; where RANK and WORLD_SIZE are not set, what srun
+// or mpirun say of a job of several processes: SLURM_PROCID, OMPI_COMM_WORLD_RANK, PMI_RANK and the like. Nothing where nobody has
+// started such a job. Throws UserError naming the variable that is no number, out of range, or missing.
 std::optional<Place> place_in_job();
+
+// Puts a place into this process's environment, for the program that it becomes.
+void set_place(const Place& place);
+
+// The first host of SLURM's "node[01-03,7],other".
+std::string first_of_hosts(const std::string& list);
 
 // The folder where huggingface_hub keeps repositories: HF_HUB_CACHE, else HUGGINGFACE_HUB_CACHE, else HF_HOME/hub, else
 // XDG_CACHE_HOME/huggingface/hub, else ~/.cache/huggingface/hub. `~` and $VARIABLES are expanded as it does.
