@@ -1,0 +1,250 @@
+#include "checkpoint/state.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <optional>
+
+#include "base/units.h"
+#include "checkpoint/hub_files.h"
+
+namespace uly::checkpoint {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kFormat = 1;
+constexpr const char* kManifest = "manifest.json";
+constexpr const char* kLatest = "latest";
+constexpr const char* kIncomplete = ".incomplete";
+constexpr std::string_view kPrefix = "global_step_";
+
+const char* name_of(Moment moment) { return moment == Moment::kMaster ? "master" : moment == Moment::kM ? "m" : "v"; }
+
+std::string hex(uint64_t digest) { return fmt::format("{:016x}", digest); }
+
+std::optional<std::string> text_of(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return std::nullopt;
+  return std::string(std::istreambuf_iterator<char>(file), {});
+}
+
+// The digest of a manifest is over the rest of it.
+std::string digest_of(Json manifest) {
+  manifest.erase("digest");
+  const std::string text = manifest.dump();
+  return hex(XXH3_64bits(text.data(), text.size()));
+}
+
+std::optional<int64_t> step_of(const std::string& name) {
+  if (!name.starts_with(kPrefix)) return std::nullopt;
+  int64_t step = 0;
+  const char* first = name.data() + kPrefix.size();
+  const auto [end, error] = std::from_chars(first, name.data() + name.size(), step);
+  return error == std::errc() && end == name.data() + name.size() ? std::optional(step) : std::nullopt;
+}
+
+bool is_state(const fs::path& folder) {
+  std::error_code ignored;
+  return fs::is_regular_file(folder / kManifest, ignored);
+}
+
+// Written beside, flushed, renamed.
+void replace_file(const fs::path& path, const std::string& content) {
+  const std::string beside = path.string() + kIncomplete;
+  write_file(beside, content);
+  ULY_USER_CHECK(::rename(beside.c_str(), path.c_str()) == 0, "{}: cannot be written: {}", path.string(), std::strerror(errno));
+  sync_folder(path.parent_path().string());
+}
+
+}  // namespace
+
+// --- writing
+
+struct StateWriter::Hash {
+  XXH3_state_t* state = XXH3_createState();
+};
+void StateWriter::Free::operator()(Hash* hash) const {
+  XXH3_freeState(hash->state);
+  delete hash;
+}
+
+StateWriter::StateWriter(const std::string& incomplete_folder, int64_t rank, const std::vector<StatePart>& parts) : name_(fmt::format("rank_{:05}.safetensors", rank)), hash_(new Hash) {
+  std::vector<SafetensorsWriter::Declared> declared;
+  for (const StatePart& part : parts)
+    for (const Moment moment : kMoments) {
+      tensors_.push_back({.name = fmt::format("{}/{}", part.unit, name_of(moment)), .begin = part.begin, .count = part.count, .digest = ""});
+      declared.push_back({tensors_.back().name, Dtype::kF32, {part.count}});
+    }
+  XXH3_64bits_reset(hash_->state);
+  writer_ = std::make_unique<SafetensorsWriter>((fs::path(incomplete_folder) / name_).string(), declared, std::map<std::string, std::string>{});
+}
+
+void StateWriter::append(const float* values, int64_t count) {
+  while (count > 0 || (tensor_ < tensors_.size() && tensors_[tensor_].count == filled_)) {
+    ULY_CHECK(tensor_ < tensors_.size(), "more of a state than was declared");
+    Tensor& t = tensors_[tensor_];
+    const int64_t n = std::min(count, t.count - filled_);
+    XXH3_64bits_update(hash_->state, values, static_cast<size_t>(n) * sizeof(float));
+    writer_->append(values, n * static_cast<int64_t>(sizeof(float)));
+    values += n, count -= n, filled_ += n;
+    if (filled_ < t.count) continue;
+    t.digest = hex(XXH3_64bits_digest(hash_->state));
+    XXH3_64bits_reset(hash_->state);
+    filled_ = 0;
+    ++tensor_;
+  }
+}
+
+Json StateWriter::finish() {
+  append(nullptr, 0);
+  ULY_CHECK_EQ(tensor_, tensors_.size(), "parts of a state declared and written");
+  writer_->finish();
+  Json tensors = Json::object();
+  for (const Tensor& t : tensors_) tensors[t.name] = {t.begin, t.count, t.digest};
+  return {{"file", name_}, {"tensors", tensors}};
+}
+
+Json identity(const models::Spec& spec, const std::vector<models::Unit>& units) {
+  Json all = Json::array();
+  for (const models::Unit& unit : units) {
+    Json tensors = Json::array();
+    for (const models::Tensor& t : unit.tensors) tensors.push_back({t.name, t.offset, t.shape});
+    all.push_back({{"name", unit.name}, {"elements", unit.elements}, {"tensors", tensors}});
+  }
+  return {{"architecture", spec.architecture}, {"units", all}};
+}
+
+std::string incomplete_name(const std::string& folder) { return folder + kIncomplete; }
+
+void publish_state(const std::string& incomplete_folder, const std::string& folder, Json facts, const std::vector<Json>& files) {
+  facts["format"] = kFormat;
+  facts["files"] = files;
+  facts["digest"] = digest_of(facts);
+  write_file((fs::path(incomplete_folder) / kManifest).string(), facts.dump(1));
+  sync_folder(incomplete_folder);
+  std::error_code ignored;
+  if (fs::exists(folder, ignored)) {
+    check_state_target(folder);  // of this step too: a run that went on from before it
+    if (::renameat2(AT_FDCWD, incomplete_folder.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) == 0) {
+      remove_folder(incomplete_folder);
+    } else {  // a file system that cannot exchange names
+      const std::string earlier = folder + ".replaced" + kIncomplete;
+      remove_folder(earlier);
+      ULY_USER_CHECK(::rename(folder.c_str(), earlier.c_str()) == 0, "{}: cannot be renamed: {}", folder, std::strerror(errno));
+      ULY_USER_CHECK(::rename(incomplete_folder.c_str(), folder.c_str()) == 0, "{}: cannot be renamed to {}: {}", incomplete_folder, folder, std::strerror(errno));
+      remove_folder(earlier);
+    }
+  } else {
+    ULY_USER_CHECK(::rename(incomplete_folder.c_str(), folder.c_str()) == 0, "{}: cannot be renamed to {}: {}", incomplete_folder, folder, std::strerror(errno));
+  }
+  const fs::path path(folder);
+  sync_folder(path.parent_path().string());
+  replace_file(path.parent_path() / kLatest, path.filename().string() + "\n");
+}
+
+// --- finding
+
+std::vector<std::string> find_states(const std::string& output_dir) {
+  std::error_code error;
+  std::vector<std::pair<int64_t, std::string>> found;
+  for (const auto& entry : fs::directory_iterator(output_dir, error))
+    if (const auto step = step_of(entry.path().filename().string()); step && is_state(entry.path())) found.emplace_back(*step, entry.path().string());
+  std::string latest = text_of(fs::path(output_dir) / kLatest).value_or("");
+  latest = latest.substr(0, latest.find('\n'));
+  std::sort(found.begin(), found.end(), [&](const auto& a, const auto& b) {
+    const bool a_latest = fs::path(a.second).filename() == latest, b_latest = fs::path(b.second).filename() == latest;
+    return a_latest != b_latest ? a_latest : a.first > b.first;
+  });
+  std::vector<std::string> folders;
+  for (const auto& [step, folder] : found) folders.push_back(folder);
+  return folders;
+}
+
+void prune_states(const std::string& output_dir, int64_t keep) {
+  std::error_code error;
+  std::vector<fs::path> left;
+  for (const auto& entry : fs::directory_iterator(output_dir, error))
+    if (const std::string name = entry.path().filename().string(); name.starts_with(kPrefix) && name.ends_with(kIncomplete)) left.push_back(entry.path());
+  for (const fs::path& path : left) remove_folder(path.string());
+  const std::vector<std::string> states = find_states(output_dir);
+  for (size_t i = static_cast<size_t>(std::max<int64_t>(1, keep)); keep > 0 && i < states.size(); ++i) {
+    // Its manifest first: what is half removed is no state.
+    fs::remove(fs::path(states[i]) / kManifest, error);
+    remove_folder(states[i]);
+  }
+}
+
+void check_state_target(const std::string& folder) {
+  std::error_code ignored;
+  if (!fs::exists(folder, ignored)) return;
+  ULY_USER_CHECK(fs::is_directory(folder, ignored) && (is_state(folder) || fs::is_empty(folder, ignored)), "{}: expected nothing there, or a state that this program saved, found something else; move it away or choose another output_dir", folder);
+}
+
+// --- reading
+
+StateReader::StateReader(const std::string& folder) : folder_(folder) {
+  const std::string path = (fs::path(folder) / kManifest).string();
+  const auto damaged = [&](const std::string& how) { throw DamagedState(fmt::format("{}: {}", path, how)); };
+  const std::optional<std::string> text = text_of(path);
+  if (!text) damaged("cannot be read");
+  manifest_ = Json::parse(*text, nullptr, false);
+  if (!manifest_.is_object() || manifest_.value("digest", "") != digest_of(manifest_)) damaged("is not as it was written");
+  if (manifest_.value("format", 0) != kFormat) user_error("{}: expected format {}, found {}: another version of this program wrote it", path, kFormat, manifest_.value("format", 0));
+  try {
+    for (const Json& file : manifest_.at("files"))
+      for (const auto& [tensor, facts] : file.at("tensors").items())
+        pieces_[tensor].push_back({.begin = facts.at(0), .count = facts.at(1), .file = file.at("file"), .tensor = tensor, .digest = facts.at(2)});
+  } catch (const Json::exception&) {
+    damaged("is not complete");
+  }
+  for (auto& [tensor, pieces] : pieces_) std::sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.begin < b.begin; });
+}
+
+void StateReader::check_model(const Json& identity) const {
+  const Json& saved = manifest_.at("model");
+  if (saved == identity) return;
+  ULY_USER_CHECK(saved.value("architecture", "") == identity.at("architecture").get<std::string>(), "{}: the state is of a {}, the recipe's model is a {}", folder_, saved.value("architecture", "?"), identity.at("architecture").get<std::string>());
+  const Json &a = saved.at("units"), &b = identity.at("units");
+  for (size_t i = 0; i < std::min(a.size(), b.size()); ++i)
+    ULY_USER_CHECK(a[i] == b[i], "{}: the state is of another model: {} has {} elements there, {} {} in the recipe's", folder_, a[i].at("name").get<std::string>(), format_count(a[i].at("elements")), b[i].at("name").get<std::string>(), format_count(b[i].at("elements")));
+  user_error("{}: the state is of another model: it has {} units, the recipe's {}", folder_, a.size(), b.size());
+}
+
+const SafetensorsFile& StateReader::open(const std::string& file) {
+  std::unique_ptr<SafetensorsFile>& found = files_[file];
+  if (!found) try {
+      found = std::make_unique<SafetensorsFile>((fs::path(folder_) / file).string());
+    } catch (const UserError& e) {
+      throw DamagedState(e.what());
+    }
+  return *found;
+}
+
+void StateReader::read(const std::string& unit, Moment moment, int64_t begin, int64_t count, float* out) {
+  const std::string name = fmt::format("{}/{}", unit, name_of(moment));
+  int64_t at = begin;
+  const auto found = pieces_.find(name);
+  if (found != pieces_.end())
+    for (const Piece& p : found->second) {
+      if (p.begin + p.count <= at || p.begin > at || at >= begin + count) continue;
+      const SafetensorsFile& file = open(p.file);
+      const TensorEntry* entry = file.find(p.tensor);
+      if (!entry || entry->dtype != Dtype::kF32 || entry->elements() != p.count) throw DamagedState(fmt::format("{}: tensor '{}' is not as the manifest says", file.path(), p.tensor));
+      if (whole_.insert(p.file + "/" + p.tensor).second && hex(XXH3_64bits(entry->data, static_cast<size_t>(entry->bytes))) != p.digest) throw DamagedState(fmt::format("{}: tensor '{}' is not as it was written", file.path(), p.tensor));
+      const int64_t n = std::min(begin + count, p.begin + p.count) - at;
+      std::memcpy(out + (at - begin), entry->data + (at - p.begin) * 4, static_cast<size_t>(n) * 4);
+      at += n;
+    }
+  if (at < begin + count) throw DamagedState(fmt::format("{}: elements {} to {} of '{}' are missing", folder_, format_count(at), format_count(begin + count), name));
+}
+
+}  // namespace uly::checkpoint
