@@ -86,6 +86,7 @@ int run(int argc, char** argv) {
   train->add_option("--tokenizer", job.tokenizer_folder, "folder whose tokenizer is saved with the model; without it, the model's");
   train->add_option("--dump", job.dump_folder, "folder for the loss and gradients of each step");
   train->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  train->add_flag("--restart-data", job.restart_data, "go on from a state with the data from its beginning");
   train->add_option("--profile", job.profile, "file for a Chrome trace of the third step");
   try {
     app.parse(argc, argv);

@@ -39,6 +39,7 @@ std::vector<std::string> arguments_of(const std::string& verb, const Options& o)
   std::vector<std::string> all = {verb, o.recipe};
   if (o.json) all.push_back("--json");
   if (!o.profile_path.empty()) all.insert(all.end(), {"--profile", o.profile_path});
+  if (o.restart_data) all.push_back("--restart-data");
   if (!o.dump_folder.empty()) all.insert(all.end(), {"--dump", o.dump_folder});
   if (!o.log_folder.empty()) all.insert(all.end(), {"--enable_each_rank_log", o.log_folder});
   all.insert(all.end(), o.overrides.begin(), o.overrides.end());

@@ -29,7 +29,7 @@ constexpr std::array<Verb, 10> kVerbs = {{
     {"process-data", "The same as prepare", prepare, true},
     {"docs", "Print the reference of all recipe keys", docs, false},
     {"doctor", "Say what this machine has and what is missing", doctor, false},
-    {"export", "Turn a saved state into a Hugging Face model (not available yet)", nullptr, false},
+    {"export", "Turn a saved state of the recipe into a Hugging Face model", export_state, true},
     {"selftest", "Check this machine's arithmetic and network (not available yet)", nullptr, false},
     {"report", "Draw a run's metrics (not available yet)", nullptr, false},
 }};
@@ -82,6 +82,8 @@ std::string help() {
       "  --no_ssh --node_rank N --master_addr HOST   this machine's part; the same command is started on each\n"
       "  --master_port PORT    where the ranks meet; without it, a free port\n"
       "  --enable_each_rank_log FOLDER   a file there of what each rank says\n"
+      "  --restart-data        train: go on from a saved state with the data from its beginning, though its keys have changed\n"
+      "  --from STATE --to FOLDER   export: the state's folder (by default the recipe's newest), the model's\n"
       "  --profile FILE        train: write a Chrome trace of the last of the first three steps\n"
       "  --gpus N --nodes N --gpu H100 --gpu-memory 80GiB --host-memory 1.9TiB --host-cores N --disk 7TiB\n"
       "                        plan: for a machine that one does not have\n"
@@ -144,6 +146,11 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     app.add_flag("--no_ssh,--no-ssh", options.no_ssh, "the same command is started on each machine");
     app.add_flag("--force_multi,--force-multi", options.force_multi, "over ssh also where there is one host");
     app.add_option("--enable_each_rank_log", options.log_folder, "a folder for a file of what each rank says");
+  }
+  if (std::string_view(verb.name) == "train") app.add_flag("--restart-data,--restart_data", options.restart_data, "go on from a saved state, with the data from its beginning");
+  if (std::string_view(verb.name) == "export") {
+    app.add_option("--from", options.from, "the state's folder; by default the newest that the recipe saves");
+    app.add_option("--to", options.to, "the model's folder; by default FROM-huggingface");
   }
   std::vector<const CLI::Option*> others;
   for (const Others& r : kOthers)

@@ -46,6 +46,7 @@ std::vector<std::string> engine_command(const Options& options, bool cuda, const
   std::vector<std::string> command = {engine_program(), "train", options.recipe, "--model", model_place(spec), "--tokens", facts.tokens_path, "--device", cuda ? "cuda" : "cpu"};
   if (!tokenizer.empty()) command.insert(command.end(), {"--tokenizer", tokenizer});
   if (!options.dump_folder.empty()) command.insert(command.end(), {"--dump", options.dump_folder});
+  if (options.restart_data) command.push_back("--restart-data");
   if (!options.profile_path.empty()) command.insert(command.end(), {"--profile", options.profile_path});
   command.insert(command.end(), options.overrides.begin(), options.overrides.end());
   return command;

@@ -44,12 +44,15 @@ struct Options {
   std::optional<launch::Node> node;  // this machine's part of a job on several
   std::string dump_folder;   // passed on to the engine
   std::string profile_path;  // passed on to the engine
+  bool restart_data = false;       // train: go on from a state with the data from its beginning
+  std::string from, to;            // export: the state, the model's folder
 };
 
 int train(const Options& options);
 int plan(const Options& options);
 int rehearse(const Options& options);
 int prepare(const Options& options);
+int export_state(const Options& options);
 int docs(const Options& options);
 int doctor(const Options& options);
 

@@ -68,7 +68,7 @@ struct Checkpoint {
   std::string type = "deepspeed";      // deepspeed | huggingface
   std::string output_dir;
   bool enabled = true, auto_resume = false, save_end_of_training = false;
-  int64_t save_every_n_steps = 0, save_every_n_epochs = 0;
+  int64_t save_every_n_steps = 0, save_every_n_epochs = 0, save_total_limit = 0;
 };
 
 // What the `deepspeed` section means to this engine.
@@ -103,6 +103,7 @@ struct Recipe {
   int64_t exit_iteration = 0, exit_iteration_this_run = 0, min_iterations = 0;
   bool overfit_first_batch = false;
   std::string kill_switch_path = "/tmp/at_kill_switch";
+  double exit_after_seconds = 0;                // exit_after: of wall-clock time, from the first step on; 0: never
   int64_t memory_device_bytes = 0;              // memory.device: what one rank may use; 0 = by the machine
   int64_t memory_host_bytes = 0;                // memory.host: what all ranks of a machine may use besides; 0 = by the machine
   std::vector<std::string> memory_disk_folders; // memory.disk: where scratch files may lie; none: no disk

@@ -87,17 +87,10 @@ void one_entry_resumes(Recipe& r) {
   }
 }
 
-void whole_states_come_later(Recipe& r) {
+void limits_are_of_states(Recipe& r) {
   for (size_t i = 0; i < r.checkpoint.size(); ++i) {
-    const Checkpoint& c = r.checkpoint[i];
-    if (!c.enabled || c.type != "deepspeed") continue;
-    const std::array<std::pair<const char*, bool>, 3> saves = {{{"save_every_n_steps", c.save_every_n_steps > 0},
-                                                                {"save_every_n_epochs", c.save_every_n_epochs > 0},
-                                                                {"save_end_of_training", c.save_end_of_training}}};
-    for (const auto& [key, asked] : saves) {
-      const std::string path = item("checkpoint", i) + "." + key;
-      if (asked) r.later.push_back({r.where(path), path, "saving the whole state (type: huggingface saves the weights now)"});
-    }
+    const std::string key = item("checkpoint", i) + ".save_total_limit";
+    if (r.checkpoint[i].type == "huggingface" && r.checkpoint[i].save_total_limit > 0) r.notes.push_back({r.where(key), key, "no effect: models that were saved are never removed"});
   }
 }
 
@@ -110,7 +103,7 @@ void scratch_has_folders(Recipe& r) {
 
 constexpr std::array kRules = {
     data_type_is_the_recipes,           packs_go_alone,       padding_fits,      shares_sum_to_one,      evaluation_is_whole, samples_are_drawn_one_way,
-    special_tokens_are_not_added_twice, schedule_is_complete, one_entry_resumes, whole_states_come_later,
+    special_tokens_are_not_added_twice, schedule_is_complete, one_entry_resumes, limits_are_of_states,
     scratch_has_folders};
 
 }  // namespace

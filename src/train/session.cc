@@ -157,6 +157,22 @@ void Session::load_range(const step::UnitState& state, int64_t at, std::vector<f
   }
 }
 
+void Session::read_state(size_t unit, checkpoint::Moment moment, int64_t at, int64_t count, float* out) {
+  const step::UnitState& state = states_.units[unit];
+  if (moment != checkpoint::Moment::kMaster || state.master.dtype != Dtype::kI16) return engine_->read(out, (moment == checkpoint::Moment::kMaster ? state.master : moment == checkpoint::Moment::kM ? state.m : state.v).column_range(at, count));
+  std::vector<uint16_t> weight(static_cast<size_t>(count));
+  std::vector<int16_t> low(static_cast<size_t>(count));
+  engine_->read(weight.data(), state.weight.column_range(at, count));
+  engine_->read(low.data(), state.master.column_range(at, count));
+  for (size_t i = 0; i < weight.size(); ++i) out[i] = kernels::join(weight[i], low[i]);
+}
+
+void Session::write_state(size_t unit, checkpoint::Moment moment, int64_t at, std::vector<float>& values) {
+  const step::UnitState& state = states_.units[unit];
+  if (moment == checkpoint::Moment::kMaster) return load_range(state, at, values);
+  engine_->write((moment == checkpoint::Moment::kM ? state.m : state.v).column_range(at, static_cast<int64_t>(values.size())), values.data());
+}
+
 void Session::make_engine(const Job& job, int64_t local_rank) {
   if (!job.cuda) {
     engine_ = engine::make_cpu_engine(world_.all(), *sequence_, {.disk_folders = recipe_.memory_disk_folders, .delays = job.delays, .rehearsal = job.rehearse});

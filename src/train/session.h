@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "checkpoint/state.h"
 #include "comm/world.h"
 #include "data/batch.h"
 #include "data/token_file.h"
@@ -53,6 +54,10 @@ class Session {
   const step::Model& model() const { return *model_; }
   const step::States& states() const { return states_; }
   const plan::Machine& machine() const { return machine_; }
+
+  // Elements [at, at + count) of this rank's shard of a unit: its master weights in fp32, or a moment. When no update is pending.
+  void read_state(size_t unit, checkpoint::Moment moment, int64_t at, int64_t count, float* out);
+  void write_state(size_t unit, checkpoint::Moment moment, int64_t at, std::vector<float>& values);
 
   // The whole of a unit's weights (compute dtype) or gradients (fp32), as bytes. Collective.
   std::vector<uint8_t> gather_weights(size_t unit) { return gather(states_.units[unit].weight); }

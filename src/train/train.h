@@ -22,6 +22,7 @@ struct Job {
   uint64_t delays = 0;        // for tests: engine::CpuOptions::delays
   bool rehearse = false;      // one step without data, weights and arithmetic: train/rehearse.h
   bool json = false;          // what a rehearsal says is for programs
+  bool restart_data = false;  // go on from a state with the data from its beginning
   std::string profile;        // if not empty: where rank 0 writes a Chrome trace of the third step, or of the last before
 };
 

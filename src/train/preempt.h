@@ -1,0 +1,14 @@
+// Being asked to stop: the step is finished, the state saved.
+#pragma once
+
+#include <string>
+
+namespace uly::train {
+
+// From now on SIGTERM, SIGINT and SIGUSR1 are noted instead of ending this process; a second one ends it at once.
+void notice_signals();
+
+// The signal that came, or 0.
+int noticed_signal();
+
+}  // namespace uly::train

@@ -1,0 +1,260 @@
+#include "train/states.h"
+
+#include <algorithm>
+#include <atomic>
+#include <filesystem>
+#include <limits>
+#include <thread>
+
+#include "base/check.h"
+#include "base/host_memory.h"
+#include "base/log.h"
+#include "base/units.h"
+#include "checkpoint/hub_files.h"
+#include "checkpoint/state.h"
+#include "train/save.h"
+
+namespace uly::train {
+namespace {
+
+namespace fs = std::filesystem;
+using checkpoint::kMoments;
+using checkpoint::Moment;
+
+constexpr int64_t kAtOnce = int64_t{1} << 24;      // elements
+constexpr int64_t kLeave = int64_t{2} << 30;       // bytes of a machine's memory that a copy does not take
+
+// This rank's part of each unit.
+std::vector<checkpoint::StatePart> parts_of(const Session& s) {
+  std::vector<checkpoint::StatePart> parts;
+  for (size_t u = 0; u < s.units().size(); ++u) {
+    const int64_t n = s.states().units[u].master.columns, begin = std::min(s.mesh().rank * n, s.units()[u].elements);
+    parts.push_back({s.units()[u].name, begin, std::min(n, s.units()[u].elements - begin)});
+  }
+  return parts;
+}
+
+// f(unit, moment, at, count): all of a rank's part, in the order of its file.
+template <typename F>
+void for_pieces(const std::vector<checkpoint::StatePart>& parts, F&& f) {
+  for (size_t u = 0; u < parts.size(); ++u)
+    for (const Moment moment : kMoments)
+      for (int64_t at = 0; at < parts[u].count; at += kAtOnce) f(u, moment, at, std::min(kAtOnce, parts[u].count - at));
+}
+
+int64_t elements_of(const std::vector<checkpoint::StatePart>& parts) {
+  int64_t n = 0;
+  for (const checkpoint::StatePart& p : parts) n += static_cast<int64_t>(kMoments.size()) * p.count;
+  return n;
+}
+
+void differences(const Json& a, const Json& b, const std::string& path, std::vector<std::array<std::string, 3>>& found) {
+  if (a == b) return;
+  const auto key = [&](const std::string& name) { return path.empty() ? name : path + "." + name; };
+  if (a.is_object() && b.is_object()) {
+    for (const auto& [name, value] : a.items()) differences(value, b.contains(name) ? b[name] : Json(), key(name), found);
+    for (const auto& [name, value] : b.items())
+      if (!a.contains(name)) differences(Json(), value, key(name), found);
+    return;
+  }
+  found.push_back({path, a.dump(), b.dump()});
+}
+
+// Keys of `data` that say how it is made ready, not what it is.
+bool is_data_order(const std::string& key) {
+  if (!key.starts_with("data.")) return key == "overfit_first_batch" || key == "min_iterations" || key == "type";
+  for (const char* name : {"data.num_proc", "data.cache_dir", "data.cache_fs_type", "data.fail_on_missing_cache", "data.dl_num_workers", "data.eval_", "data.div_length", "data.pad_to"})
+    if (key.starts_with(name)) return false;
+  return true;
+}
+
+bool is_model(const std::string& key) { return key.starts_with("model.hf_config_kwargs") || key == "model.dtype"; }
+
+}  // namespace
+
+std::string state_folder(const recipe::Checkpoint& c, int64_t steps) { return (fs::path(c.output_dir) / fmt::format("global_step_{}", steps)).string(); }
+
+// --- saving
+
+struct Saver::Save {
+  const recipe::Checkpoint* checkpoint = nullptr;
+  std::string folder;
+  Json facts;
+  std::vector<checkpoint::StatePart> parts;
+  std::unique_ptr<float[]> copy;  // empty: states are read as they are written
+  std::thread thread;
+  std::atomic<bool> done = false;
+  Json file;                      // what the writer returned
+  std::string error;              // why there is none
+};
+
+Saver::Saver(Session& session) : s_(session) {}
+
+Saver::~Saver() {
+  if (save_ && save_->thread.joinable()) save_->thread.join();
+}
+
+void Saver::write(Save& save) const {
+  try {
+    checkpoint::StateWriter writer(checkpoint::incomplete_name(save.folder), s_.mesh().rank, save.parts);
+    if (save.copy) {
+      writer.append(save.copy.get(), elements_of(save.parts));
+      save.copy.reset();
+    } else {
+      std::vector<float> values;
+      for_pieces(save.parts, [&](size_t unit, Moment moment, int64_t at, int64_t count) {
+        values.resize(static_cast<size_t>(count));
+        s_.read_state(unit, moment, at, count, values.data());
+        writer.append(values.data(), count);
+      });
+    }
+    save.file = writer.finish();
+  } catch (const std::exception& e) {
+    save.copy.reset();
+    save.error = e.what();
+  }
+  save.done = true;
+}
+
+void Saver::save(const recipe::Checkpoint& c, const Progress& progress, const Json& facts) {
+  finish();
+  s_.flush();
+  save_ = std::make_unique<Save>();
+  Save& save = *save_;
+  save.checkpoint = &c;
+  save.folder = state_folder(c, progress.steps);
+  save.facts = {{"step", progress.steps}, {"consumed", progress.consumed}, {"world", s_.mesh().W}, {"plan", s_.plan().hash}, {"recipe", s_.recipe().normalized}, {"model", checkpoint::identity(s_.spec(), s_.units())}};
+  save.facts.update(facts);
+  save.parts = parts_of(s_);
+  try {
+    on_first(s_.world(), [&] {
+      checkpoint::check_state_target(save.folder);
+      checkpoint::remove_folder(checkpoint::incomplete_name(save.folder));
+      checkpoint::make_folder(checkpoint::incomplete_name(save.folder));
+    });
+  } catch (const UserError& e) {
+    return failed(save.folder, e.what());
+  }
+  const int64_t elements = elements_of(save.parts), bytes = elements * static_cast<int64_t>(sizeof(float));
+  const int64_t room = host_memory().obtainable_bytes / std::max<int64_t>(1, s_.machine().local_ranks) - kLeave;
+  if (s_.world().all().max(bytes > room ? 1 : 0) > 0) {
+    write(save);
+    return conclude();
+  }
+  save.copy = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(elements));
+  float* next = save.copy.get();
+  for_pieces(save.parts, [&](size_t unit, Moment moment, int64_t at, int64_t count) {
+    s_.read_state(unit, moment, at, count, next);
+    next += count;
+  });
+  save.thread = std::thread([this, &save] { write(save); });
+}
+
+void Saver::poll() {
+  if (save_ && s_.world().all().max(save_->done ? 0 : 1) == 0) conclude();
+}
+
+void Saver::finish() {
+  if (!save_) return;
+  if (save_->thread.joinable()) save_->thread.join();
+  conclude();
+}
+
+// All ranks have written, or tried to.
+void Saver::conclude() {
+  Save& save = *save_;
+  if (save.thread.joinable()) save.thread.join();
+  const std::vector<std::string> all = s_.world().all().exchange(Json{{"file", save.file}, {"error", save.error}}.dump());
+  std::vector<Json> files;
+  std::string error;
+  for (const std::string& one : all) {
+    const Json rank = Json::parse(one);
+    if (error.empty()) error = rank.at("error");
+    files.push_back(rank.at("file"));
+  }
+  try {
+    if (!error.empty()) throw UserError(error);
+    on_first(s_.world(), [&] {
+      for (size_t rank = 0; rank < files.size(); ++rank) {
+        std::error_code ignored;
+        const fs::path path = fs::path(checkpoint::incomplete_name(save.folder)) / files[rank].at("file").get<std::string>();
+        ULY_USER_CHECK(fs::exists(path, ignored), "{}: rank {} has written it, but it is not here: output_dir has to be on a file system that all machines share", path.string(), rank);
+      }
+      checkpoint::publish_state(checkpoint::incomplete_name(save.folder), save.folder, save.facts, files);
+      checkpoint::prune_states(save.checkpoint->output_dir, save.checkpoint->save_total_limit);
+    });
+    if (s_.first()) say("saved {}", save.folder);
+  } catch (const UserError& e) {
+    return failed(save.folder, e.what());
+  }
+  save_.reset();
+}
+
+void Saver::failed(const std::string& folder, const std::string& why) {
+  ++failures_;
+  if (s_.first()) {
+    say("SAVING {} FAILED: {}; training goes on, and what was saved before stands", folder, why);
+    try {
+      checkpoint::remove_folder(checkpoint::incomplete_name(folder));
+    } catch (const UserError&) {
+      // its disk may be what failed
+    }
+  }
+  save_.reset();
+}
+
+// --- going on
+
+std::vector<std::string> changes_since(const Json& saved, const Json& now, bool restart_data, const std::string& folder) {
+  std::vector<std::array<std::string, 3>> found;
+  differences(saved, now, "", found);
+  std::vector<std::string> changes;
+  for (const auto& [key, before, after] : found) {
+    ULY_USER_CHECK(!is_model(key), "{}: {} was {} when it was saved, the recipe says {}: expected the same; begin a new run in another output_dir", folder, key, before, after);
+    ULY_USER_CHECK(restart_data || !is_data_order(key), "{}: {} was {} when it was saved, the recipe says {}: which samples have been seen is not known then; expected the same, or --restart-data to begin the data anew", folder, key, before, after);
+    changes.push_back(fmt::format("{}: {} -> {}", key, before, after));
+  }
+  return changes;
+}
+
+std::optional<Resumed> resume(Session& s, const recipe::Checkpoint& c, bool restart_data) {
+  comm::Group& all = s.world().all();
+  const std::vector<std::string> folders = Json::parse(all.exchange(s.first() ? Json(checkpoint::find_states(c.output_dir)).dump() : "[]")[0]).get<std::vector<std::string>>();
+  const std::vector<checkpoint::StatePart> parts = parts_of(s);
+  for (const std::string& folder : folders) {
+    std::string damaged, refused;
+    Json manifest;
+    try {
+      checkpoint::StateReader reader(folder);
+      manifest = reader.manifest();
+      reader.check_model(checkpoint::identity(s.spec(), s.units()));
+      const auto changes = changes_since(manifest.at("recipe"), s.recipe().normalized, restart_data, folder);
+      if (s.first())
+        for (const std::string& change : changes) say("changed since {}: {}", fs::path(folder).filename().string(), change);
+      std::vector<float> values;
+      for_pieces(parts, [&](size_t unit, Moment moment, int64_t at, int64_t count) {
+        values.resize(static_cast<size_t>(count));
+        reader.read(parts[unit].unit, moment, parts[unit].begin + at, count, values.data());
+        s.write_state(unit, moment, at, values);
+      });
+    } catch (const checkpoint::DamagedState& e) {
+      damaged = e.what();
+    } catch (const UserError& e) {
+      refused = e.what();
+    }
+    for (const std::string& why : all.exchange(refused))
+      if (!why.empty()) throw UserError(why);
+    std::string first;
+    for (const std::string& why : all.exchange(damaged))
+      if (first.empty()) first = why;
+    if (first.empty()) {
+      Progress progress{.steps = manifest.at("step"), .consumed = restart_data ? 0 : manifest.at("consumed").get<int64_t>()};
+      return Resumed{progress, std::move(manifest), folder};
+    }
+    if (s.first()) say("DAMAGED: {}: not used", first);
+  }
+  ULY_USER_CHECK(folders.empty(), "{}: none of the {} states there is whole: move them away to begin anew", c.output_dir, folders.size());
+  return std::nullopt;
+}
+
+}  // namespace uly::train

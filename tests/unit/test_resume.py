@@ -1,0 +1,279 @@
+"""A run that was stopped, killed or cut off goes on as if it had not been."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "cases"))
+
+import fixtures  # noqa: E402
+
+ULYSSES = pathlib.Path(os.environ.get("ULYSSES_BUILD", ROOT / "build")).resolve() / "ulysses"
+RECIPE = fixtures.RECIPE.replace("checkpoint:\n  type: huggingface\n  output_dir: out\n  save_end_of_training: true\n", """\
+checkpoint:
+  - {type: huggingface, output_dir: out, save_end_of_training: true}
+  - {output_dir: states, save_every_n_steps: 2, auto_resume: true}
+epochs: 2
+gradient_accumulation_steps: 2
+scheduler: {name: cosine, warmup_ratio: 0.2}
+""")
+CHATS = 9    # an epoch's last step is a smaller one
+STEPS = 10
+FOREVER = ("epochs=1000000",)
+
+
+class Run:
+    def __init__(self, folder):
+        self.folder = folder
+        fixtures.tiny(folder, CHATS)
+        (folder / "run.yml").write_text(RECIPE)
+
+    def start(self, *arguments, **environment):
+        command = [str(ULYSSES), "run.yml", "--device", "cpu", *map(str, arguments)]
+        return subprocess.Popen(command, cwd=self.folder, env=fixtures.environment(**environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *arguments, code=0, **environment):
+        process = self.start(*arguments, **environment)
+        out, error = process.communicate(timeout=180)
+        assert process.returncode == code, (process.returncode, error)
+        return error
+
+    def metrics(self):
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def told(self):
+        """What does not depend on the clock."""
+        return [tuple(m[key] for key in ("iter", "epoch", "loss", "grad_norm", "lr", "seqlen", "tokens", "trained_tokens")) for m in self.metrics()]
+
+    def weights(self, step=STEPS):
+        return fixtures.read_weights(self.folder / "out" / f"global_step_{step}")
+
+    def states(self):
+        return sorted(int(path.name[12:]) for path in (self.folder / "states").glob("global_step_*[0-9]"))
+
+    def wait_for(self, process, done, what):
+        began = time.monotonic()
+        while not done():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() - began < 120, what
+            time.sleep(0.02)
+
+    def ranks(self):
+        found = {}
+        for place in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(place / "cwd") == str(self.folder) and "ulysses-engine" in os.readlink(place / "exe"):
+                    found[int(re.search(rb"\0RANK=(\d+)\0", b"\0" + (place / "environ").read_bytes())[1])] = int(place.name)
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    whole = Run(tmp_path_factory.mktemp("undisturbed"))
+    whole.run()
+    assert len(whole.told()) == STEPS
+    return whole
+
+
+def same(run, undisturbed):
+    assert run.told() == undisturbed.told()
+    ours, theirs = run.weights(), undisturbed.weights()
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("every", [1, 3, 5])    # 5: an epoch
+def test_stopped_again_and_again_it_is_the_run_that_never_stopped(job, undisturbed, every):
+    for step in range(every, STEPS + every, every):
+        said = job.run(f"exit_iteration_this_run={every}", "checkpoint.1.save_end_of_training=true")
+        assert ("going on from" in said) == (step > every)
+    assert [m["iter"] for m in job.metrics()] == list(range(1, STEPS + 1))
+    same(job, undisturbed)
+    said = job.run()    # nothing is left to do
+    same(job, undisturbed)
+
+
+def test_killed_it_goes_on_from_the_last_save_and_tells_no_step_twice(job, undisturbed):
+    process = job.start()
+    job.wait_for(process, lambda: 4 in job.states() and len(job.metrics()) >= 5, "no save")
+    for pid in job.ranks().values():
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    (job.folder / "states" / "global_step_8.incomplete").mkdir(exist_ok=True)    # as a save that was cut off leaves it
+    with open(job.folder / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 99, "lo')
+    said = job.run()
+    assert re.search(r"going on from states/global_step_\d+: step \d+, \d+ samples seen", said)
+    same(job, undisturbed)
+    assert not list((job.folder / "states").glob("*.incomplete"))
+
+
+@pytest.mark.parametrize("sent,whom", [(signal.SIGTERM, "launcher"), (signal.SIGINT, "launcher"), (signal.SIGUSR1, 0), (signal.SIGTERM, 1)])
+def test_asked_to_stop_it_saves_and_ends_with_85(job, undisturbed, sent, whom):
+    process = job.start()
+    job.wait_for(process, lambda: len(job.metrics()) >= 1, "no step")
+    os.kill(process.pid if whom == "launcher" else job.ranks()[whom], sent)
+    _, said = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("it was through before the signal came")
+    assert process.returncode == 85, said
+    steps = len(job.metrics())
+    assert f"signal {int(sent)}: stopping after step {steps}" in said and steps in job.states()
+    job.run()
+    same(job, undisturbed)
+
+
+def test_a_second_signal_ends_it_at_once(job):
+    process = job.start(*FOREVER, "checkpoint.1.save_every_n_steps=0")
+    job.wait_for(process, lambda: len(job.metrics()) >= 1, "no step")
+    for pid in job.ranks().values():
+        os.kill(pid, signal.SIGSTOP)    # they cannot come to the end of a step
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and job.ranks() == {}
+
+
+def test_the_kill_switch_and_the_clock_stop_it_too(job, undisturbed):
+    (job.folder / "stop").touch()
+    assert "stop exists: stopping after step 0" in job.run(code=85)
+    (job.folder / "stop").unlink()
+    said = job.run("exit_after=0.001", code=85)
+    assert "exit_after: 0.0s have passed: stopping after step 0" in said or "exit_after: " in said
+    job.run()
+    same(job, undisturbed)
+
+
+def test_where_no_state_is_saved_the_kill_switch_ends_as_training_does(job):
+    (job.folder / "stop").touch()
+    said = job.run("checkpoint.1.enabled=false")
+    assert "no state is saved on the way: an interruption loses all 10 steps" in said and "stopping after step 0" in said
+
+
+def meshes():
+    """Ranks, of how many a sequence, micro-batches a step: two samples a step in each."""
+    return {(1, 1): 2, (2, 2): 2, (4, 2): 1, (4, 4): 2}
+
+
+def pairs():
+    """All with ULYSSES_ALL_TESTS=1; else each mesh once on either side."""
+    if os.environ.get("ULYSSES_ALL_TESTS"):
+        return [(first, then) for first in meshes() for then in meshes()]
+    return [((1, 1), (4, 4)), ((2, 2), (1, 1)), ((4, 2), (2, 2)), ((4, 4), (4, 2))]
+
+
+@pytest.mark.parametrize("first,then", pairs())
+def test_saved_on_some_ranks_it_goes_on_with_others(job, undisturbed, first, then):
+    def mesh(of):
+        return "--num_gpus", of[0], f"sequence_parallel_size={of[1]}", f"gradient_accumulation_steps={meshes()[of]}"
+
+    job.run(*mesh(first), "exit_iteration_this_run=4")
+    said = job.run(*mesh(then))
+    assert "going on from states/global_step_4: step 4, 8 samples seen" in said
+    ours, theirs = job.metrics(), undisturbed.metrics()
+    assert [(m["iter"], m["tokens"], m["trained_tokens"], m["lr"]) for m in ours] == [(m["iter"], m["tokens"], m["trained_tokens"], m["lr"]) for m in theirs]
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([m[key] for m in ours], [m[key] for m in theirs], rtol=1e-5)
+
+
+def test_split_masters_go_on_bit_by_bit(job):
+    more = ("model.dtype=bf16", "memory.master_weights=split")
+    job.run(*more)
+    model = job.folder / "out" / f"global_step_{STEPS}" / "model.safetensors"
+    whole = job.told(), model.read_bytes()
+    shutil.rmtree(job.folder / "states"), shutil.rmtree(job.folder / "out"), (job.folder / "metrics.jsonl").unlink()
+    job.run(*more, "exit_iteration_this_run=4")
+    job.run(*more)
+    assert job.told() == whole[0] and model.read_bytes() == whole[1]
+
+
+def flip(path, at=-100):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_state_is_known_and_the_one_before_is_used(job, undisturbed):
+    job.run("exit_iteration_this_run=6")
+    assert job.states() == [2, 4, 6]
+    flip(job.folder / "states" / "global_step_6" / "rank_00001.safetensors")
+    (job.folder / "states" / "global_step_4" / "manifest.json").write_text("{")
+    said = job.run()
+    assert "DAMAGED: states/global_step_6/rank_00001.safetensors: tensor '" in said and "is not as it was written: not used" in said
+    assert "DAMAGED: states/global_step_4/manifest.json" in said and "going on from states/global_step_2" in said
+    same(job, undisturbed)
+
+
+def test_where_all_are_damaged_it_says_so(job):
+    job.run("exit_iteration_this_run=2")
+    flip(job.folder / "states" / "global_step_2" / "rank_00000.safetensors")
+    assert job.run(code=2).splitlines()[-1] == "states: none of the 1 states there is whole: move them away to begin anew"
+
+
+def test_a_changed_recipe_is_compared(job):
+    job.run("exit_iteration_this_run=2")
+    assert "changed since global_step_2: optimizer.learning_rate: 0.001 -> 0.002" in job.run("optimizer.learning_rate=2e-3", "exit_iteration=3")
+    said = job.run("data.max_length=96", code=2).splitlines()[-1]
+    assert said == "states/global_step_2: data.max_length was 128 when it was saved, the recipe says 96: which samples have been seen is not known then; expected the same, or --restart-data to begin the data anew"
+    assert "expected the same; begin a new run in another output_dir" in job.run("model.dtype=bf16", code=2)
+    fixtures.chats(job.folder, CHATS + 2)
+    assert f"the data had {CHATS} samples when it was saved, and has {CHATS + 2}" in job.run(code=2)
+    said = job.run("--restart-data", "data.max_length=96", "exit_iteration=4")
+    assert "the data begins anew" in said and [m["iter"] for m in job.metrics()] == [1, 2, 3, 4]
+
+
+def test_another_models_state_is_refused(job):
+    job.run("exit_iteration_this_run=2")
+    fixtures.config(job.folder, "num_hidden_layers=1")
+    assert job.run(code=2).splitlines()[-1] == "states/global_step_2: the state is of another model: layer 1 has 9,344 elements there, head 10,304 in the recipe's"
+
+
+def test_only_so_many_are_kept(job):
+    job.run("checkpoint.1.save_total_limit=2", "checkpoint.1.save_every_n_steps=1", "exit_iteration=5")
+    assert job.states() == [4, 5] and (job.folder / "states" / "latest").read_text() == "global_step_5\n"
+
+
+def test_a_full_disk_does_not_end_training(job, undisturbed):
+    small = job.folder / "states"
+    small.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", small], capture_output=True).returncode != 0:
+        pytest.skip("only root mounts a small disk")
+    try:
+        # One state fits, two do not.
+        said = job.run("checkpoint.1.auto_resume=false", code=2)
+        assert "SAVING states/global_step_4 FAILED: " in said and "no room on disk" in said
+        assert said.splitlines()[-1].endswith("of the saves failed; see above")
+        assert job.told() == undisturbed.told() and job.states() == [2]
+        assert not list(small.glob("*.incomplete"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_export_is_what_saving_a_model_gives(job):
+    job.run("checkpoint.1.save_end_of_training=true")
+    done = subprocess.run([str(ULYSSES), "export", "run.yml"], cwd=job.folder, env=fixtures.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, saved = fixtures.read_weights(job.folder / "states" / f"global_step_{STEPS}-huggingface"), job.weights()
+    assert ours.keys() == saved.keys() and all(np.array_equal(ours[name], saved[name]) for name in saved)
+    assert (job.folder / "states" / f"global_step_{STEPS}-huggingface" / "tokenizer.json").exists()
+    done = subprocess.run([str(ULYSSES), "export", "run.yml", "checkpoint.1.output_dir=nowhere"], cwd=job.folder, env=fixtures.environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "nowhere: expected a saved state (global_step_N), found none\n"
