@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <numeric>
 #include <set>
 
 #include "base/check.h"
@@ -37,8 +38,22 @@ class Loop {
 
  private:
   data::Sampler make_sampler() const;
-  // Runs one optimizer step; false if the epoch gave no micro-batch.
-  void step(int64_t epoch, int64_t step_in_epoch);
+  using Window = data::Sampler::Window;
+  // Trained tokens of every micro-batch of a window: [micro-batch][replica], the same on all ranks.
+  struct Trained {
+    int64_t replicas = 1;
+    std::vector<int64_t> counts;
+    int64_t total() const { return std::accumulate(counts.begin(), counts.end(), int64_t{0}); }
+    // Of a micro-batch's loss.
+    double scale(int64_t micro, int64_t replica, recipe::LossReduction reduction) const;
+  };
+  // Each rank counts in its own shards. Collective.
+  Trained count_trained(const plan::Packed& data, const Window& window) const;
+  int64_t padded_length(const plan::Packed& data, const std::vector<int64_t>& packs) const;
+  double epochs() const { return static_cast<double>(consumed_) / static_cast<double>(sampler_.epoch_size()); }
+
+  void step();
+  void maybe_evaluate();
   void check_finite(double loss, double norm);
   void maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended);
   bool stop_asked();
@@ -50,47 +65,43 @@ class Loop {
   data::Sampler sampler_;
   Metrics metrics_;
   int64_t steps_ = 0;       // made so far
+  int64_t consumed_ = 0;    // samples, over all ranks: what comes next follows from it
   std::set<std::string> saved_;  // folders
   Clock::time_point last_end_ = Clock::now();
 };
 
 data::Sampler Loop::make_sampler() const {
-  data::Selection selection = data::select(s_.tokens(), s_.plan().max_length, r_.data.filter_samples, r_.where("data.max_length"));
-  std::vector<int64_t> samples = selection.samples;
-  const int64_t wanted = r_.min_iterations * r_.micro_batch_size * r_.gradient_accumulation_steps * s_.mesh().R();
-  while (static_cast<int64_t>(samples.size()) < wanted) samples.push_back(selection.samples[samples.size() % selection.samples.size()]);
-  return data::Sampler(std::move(samples), {.replicas = s_.mesh().R(),
-                                            .micro_batch_size = r_.micro_batch_size,
-                                            .accumulation_steps = r_.gradient_accumulation_steps,
-                                            .seed = static_cast<uint64_t>(r_.data.seed),
-                                            .first_batch_only = r_.overfit_first_batch});
+  return data::Sampler({.num_samples = s_.plan().train.packs->size(),
+                        .replicas = s_.mesh().R(),
+                        .micro_batch_size = r_.micro_batch_size,
+                        .accumulation_steps = r_.gradient_accumulation_steps,
+                        .min_steps = r_.min_iterations,
+                        .seed = static_cast<uint64_t>(r_.data.seed),
+                        .first_batch_only = r_.overfit_first_batch});
 }
 
-// The scale of each micro-batch's loss, by the trained tokens of all: [micro-batch][replica].
-std::vector<std::vector<double>> scales(const data::TokenFile& tokens, const data::Sampler::Window& window, recipe::LossReduction reduction) {
-  std::vector<std::vector<int64_t>> trained;
-  int64_t total = 0, with_any = 0;
-  for (const auto& replicas : window) {
-    auto& row = trained.emplace_back();
-    for (const auto& samples : replicas) {
-      int64_t n = 0;
-      for (const int64_t i : samples) n += tokens.count_trained(i);
-      row.push_back(n);
-      total += n;
-      with_any += n > 0;
-    }
+int64_t Loop::padded_length(const plan::Packed& data, const std::vector<int64_t>& packs) const {
+  int64_t tokens = 0;
+  for (const int64_t i : packs) tokens += data.packs->tokens(i);
+  return plan::padded_length(r_, s_.plan().max_length, s_.mesh().P, tokens);
+}
+
+Loop::Trained Loop::count_trained(const plan::Packed& data, const Window& window) const {
+  const step::Mesh& mesh = s_.mesh();
+  const size_t R = static_cast<size_t>(mesh.R()), mine = static_cast<size_t>(mesh.replica());
+  std::vector<int64_t> counts(window.size() * R);
+  for (size_t micro = 0; micro < window.size(); ++micro) {
+    const std::vector<int64_t>& packs = window[micro][mine];
+    counts[micro * R + mine] = data::count_labels(*data.file, *data.packs, packs, padded_length(data, packs), mesh.P, mesh.p());
   }
-  std::vector<std::vector<double>> out;
-  for (const auto& row : trained) {
-    auto& scale = out.emplace_back();
-    for (const int64_t n : row) {
-      if (reduction == recipe::LossReduction::kToken)
-        scale.push_back(total > 0 ? 1.0 / static_cast<double>(total) : 0.0);
-      else
-        scale.push_back(n > 0 ? 1.0 / (static_cast<double>(with_any) * static_cast<double>(n)) : 0.0);
-    }
-  }
-  return out;
+  return {static_cast<int64_t>(R), mesh.W > 1 ? s_.world().all().sum(counts) : counts};
+}
+
+double Loop::Trained::scale(int64_t micro, int64_t replica, recipe::LossReduction reduction) const {
+  const int64_t n = counts[static_cast<size_t>(micro * replicas + replica)];
+  if (reduction == recipe::LossReduction::kToken) return total() > 0 ? 1.0 / static_cast<double>(total()) : 0.0;
+  const int64_t with_any = std::count_if(counts.begin(), counts.end(), [](int64_t x) { return x > 0; });
+  return n > 0 ? 1.0 / (static_cast<double>(with_any) * static_cast<double>(n)) : 0.0;
 }
 
 void Loop::check_finite(double loss, double norm) {
@@ -99,26 +110,22 @@ void Loop::check_finite(double loss, double norm) {
   throw NumericsError(fmt::format("step {}: loss is {}, gradient norm is {}{}; the step was not applied", steps_ + 1, loss, norm, unit.empty() ? "" : ", first in " + unit));
 }
 
-void Loop::step(int64_t epoch, int64_t step_in_epoch) {
+void Loop::step() {
   const Clock::time_point begin = Clock::now();
   const step::Mesh& mesh = s_.mesh();
-  const data::Sampler::Window window = sampler_.window(epoch, step_in_epoch);
-  const auto scale = scales(s_.tokens(), window, r_.loss_reduction);
+  const plan::Packed& data = s_.plan().train;
+  const Window window = sampler_.window(consumed_);
+  const Trained trained = count_trained(data, window);
   StepFigures f;
+  f.trained_tokens = trained.total();
+  for (const auto& replicas : window)
+    for (const auto& packs : replicas)
+      for (const int64_t i : packs) f.tokens += data.packs->tokens(i), f.sum_squared_lengths += data.packs->squared_lengths(i);
   s_.begin();
   for (size_t micro = 0; micro < window.size(); ++micro) {
-    const size_t mine = static_cast<size_t>(mesh.replica());
-    for (const auto& samples : window[micro])
-      for (const int64_t i : samples) {
-        const double n = static_cast<double>(s_.tokens().length(i));
-        f.tokens += s_.tokens().length(i);
-        f.trained_tokens += s_.tokens().count_trained(i);
-        f.sum_squared_lengths += n * n;
-      }
-    int64_t tokens = 0;
-    for (const int64_t i : window[micro][mine]) tokens += s_.tokens().length(i);
-    const int64_t S = plan::padded_length(r_, s_.plan().max_length, mesh.P, tokens);
-    s_.micro_step(data::make_batch(s_.tokens(), window[micro][mine], S, mesh.P, mesh.p()), scale[micro][mine], micro + 1 == window.size());
+    const std::vector<int64_t>& packs = window[micro][static_cast<size_t>(mesh.replica())];
+    const double scale = trained.scale(static_cast<int64_t>(micro), mesh.replica(), r_.loss_reduction);
+    s_.micro_step(data::make_batch(*data.file, *data.packs, packs, padded_length(data, packs), mesh.P, mesh.p()), scale, micro + 1 == window.size());
   }
   s_.finish_gradients();
   if (!job_.dump_folder.empty()) dump_gradients(s_, job_.dump_folder, steps_ + 1, s_.loss());
@@ -128,9 +135,10 @@ void Loop::step(int64_t epoch, int64_t step_in_epoch) {
   const double loss = s_.loss(), norm = std::sqrt(s_.squared_norm());
   check_finite(loss, norm);
   ++steps_;
+  consumed_ += sampler_.count(consumed_);
 
   f.iter = steps_;
-  f.epoch = static_cast<double>(epoch) + static_cast<double>(step_in_epoch + 1) / static_cast<double>(s_.plan().steps_per_epoch);
+  f.epoch = epochs();
   f.loss = loss;
   f.grad_norm = norm;
   f.seqlen = static_cast<double>(f.tokens) / static_cast<double>(window.size() * static_cast<size_t>(mesh.R()));
@@ -138,6 +146,32 @@ void Loop::step(int64_t epoch, int64_t step_in_epoch) {
   f.iter_seconds = seconds_since(last_end_);
   last_end_ = Clock::now();
   metrics_.step(f);
+}
+
+// Each trained token of the data to evaluate on counts once, whatever the ranks.
+void Loop::maybe_evaluate() {
+  const plan::Packed& data = s_.plan().eval;
+  if (!data || steps_ % r_.eval_interval != 0) return;
+  const Clock::time_point begin = Clock::now();
+  const step::Mesh& mesh = s_.mesh();
+  const data::Packs& all = *data.packs;
+  const int64_t per_row = r_.micro_batch_size * mesh.R();
+  // As one window of all its micro-batches.
+  Window window;
+  for (int64_t row = 0; row < all.size(); row += per_row) {
+    auto& replicas = window.emplace_back(static_cast<size_t>(mesh.R()));
+    for (int64_t i = row; i < std::min(row + per_row, all.size()); ++i) replicas[static_cast<size_t>((i - row) / r_.micro_batch_size)].push_back(i);
+  }
+  const Trained trained = count_trained(data, window);
+  ULY_USER_CHECK(trained.total() > 0, "{}: no token to evaluate on is trained", r_.where(r_.data.eval_share > 0 ? "data.train_eval_split" : "data.eval_sources"));
+  s_.begin_evaluation();
+  for (const auto& replicas : window) {
+    const std::vector<int64_t>& packs = replicas[static_cast<size_t>(mesh.replica())];
+    s_.evaluate(data::make_batch(*data.file, all, packs, padded_length(data, packs), mesh.P, mesh.p()), 1.0 / static_cast<double>(trained.total()));
+  }
+  const double loss = s_.finish_evaluation();
+  metrics_.evaluation({.iter = steps_, .epoch = epochs(), .loss = loss, .tokens = all.num_tokens, .trained_tokens = trained.total(), .seconds = seconds_since(begin)}, steps_ / r_.eval_interval % r_.eval_log_iter_interval == 0);
+  last_end_ = Clock::now();
 }
 
 void Loop::maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended) {
@@ -180,30 +214,26 @@ void Loop::check_targets() {
 void Loop::run() {
   const plan::Plan& plan = s_.plan();
   check_targets();
-  bool stopped = false;
-  int64_t epoch = 0;
-  for (; steps_ < plan.num_steps && !stopped; ++epoch) {
-    for (int64_t i = 0; i < plan.steps_per_epoch && steps_ < plan.num_steps; ++i) {
-      if (stop_asked()) {
-        if (s_.first()) say("{} exists: stopping after step {}", r_.kill_switch_path, steps_);
-        stopped = true;
-        break;
-      }
-      const bool profiled = s_.first() && !job_.profile.empty() && steps_ == std::min(plan.num_steps, kProfiledStep) - 1;
-      if (profiled) engine::start_profile(job_.cuda);
-      {
-        RECORD_USER_SCOPE(fmt::format("step {}", steps_ + 1));
-        step(epoch, i);
-      }
-      if (profiled) {
-        engine::stop_profile(job_.profile);
-        say("trace of step {}: {}", steps_, job_.profile);
-      }
-      const bool epoch_ended = i + 1 == plan.steps_per_epoch;
-      maybe_save(epoch + 1, epoch_ended, false);
+  while (steps_ < plan.num_steps) {
+    if (stop_asked()) {
+      if (s_.first()) say("{} exists: stopping after step {}", r_.kill_switch_path, steps_);
+      break;
     }
+    const bool profiled = s_.first() && !job_.profile.empty() && steps_ == std::min(plan.num_steps, kProfiledStep) - 1;
+    if (profiled) engine::start_profile(job_.cuda);
+    {
+      RECORD_USER_SCOPE(fmt::format("step {}", steps_ + 1));
+      step();
+    }
+    if (profiled) {
+      engine::stop_profile(job_.profile);
+      say("trace of step {}: {}", steps_, job_.profile);
+    }
+    maybe_evaluate();
+    const data::Sampler::Position at = sampler_.position(consumed_);
+    maybe_save(at.epoch, at.first == 0, false);
   }
-  maybe_save(epoch, false, true);
+  maybe_save(sampler_.position(consumed_).epoch, false, true);
 }
 
 // `before`: resident bytes before the arenas were made. What is left over is what ATen and Gloo have allocated.

@@ -36,6 +36,18 @@ double Metrics::teraflops(const StepFigures& f) const {
   return (8 * weights * static_cast<double>(f.tokens) + 16 * f.sum_squared_lengths * H * N * L) / 1e12;
 }
 
+void Metrics::write(const Json& line) {
+  file_ << line.dump() << "\n" << std::flush;
+  ULY_USER_CHECK(file_.good(), "{}: no room on disk for the metrics", path_);
+}
+
+void Metrics::evaluation(const EvalFigures& f, bool speaks) {
+  if (!on_) return;
+  write({{"epoch", f.epoch}, {"eval_loss", f.loss}, {"eval_time", f.seconds}, {"iter", f.iter}, {"tokens", f.tokens}, {"trained_tokens", f.trained_tokens}});
+  if (speaks)
+    say("Eval iter:  {:>{}}/{}      | eval loss: {:.4f} | {} trained of {} tokens | {}", f.iter, std::to_string(total_steps_).size(), total_steps_, f.loss, format_count(f.trained_tokens), format_count(f.tokens), format_duration(f.seconds));
+}
+
 void Metrics::step(const StepFigures& f) {
   if (!on_) return;
   const double per_second = static_cast<double>(f.tokens) / f.step_seconds, flops = teraflops(f) / static_cast<double>(ranks_);
@@ -46,8 +58,7 @@ void Metrics::step(const StepFigures& f) {
                {"step_tflops", flops / f.step_seconds}, {"step_time", f.step_seconds},
                {"tokens", f.tokens},         {"tokens_per_second", per_second},
                {"trained_tokens", f.trained_tokens}};
-  file_ << line.dump() << "\n" << std::flush;
-  ULY_USER_CHECK(file_.good(), "{}: no room on disk for the metrics", path_);
+  write(line);
   ++seen_;
   const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
   const double left = elapsed / static_cast<double>(seen_) * static_cast<double>(total_steps_ - f.iter);
