@@ -77,7 +77,7 @@ int main(int argc, char** argv) {
     const double fill = static_cast<double>(packs.num_tokens) / (static_cast<double>(packs.size()) * static_cast<double>(max_length));
     fmt::print("{:<18} {} documents, {} tokens to {} packs of {}: {:.3f} s, {:.3f} % of the room used\n", name, format_count(documents), format_count(packs.num_tokens), format_count(packs.size()), format_count(max_length), seconds, 100 * fill);
     if (json.empty()) continue;
-    const Json row = {{"run", "packing"}, {"system", "ulysses"}, {"what", fmt::format("{}: {} documents to packs of {}", name, documents, max_length)}, {"seconds", seconds}, {"fill", fill}, {"packs", packs.size()},
+    const Json row = {{"run", "packing"}, {"system", "ulysses-plus"}, {"what", fmt::format("{}: {} documents to packs of {}", name, documents, max_length)}, {"seconds", seconds}, {"fill", fill}, {"packs", packs.size()},
                       {"command", fmt::format("build/bench_packing --documents {} --max-length {}", documents, max_length)}, {"machine", machine()}, {"date", date}};
     std::ofstream(json, std::ios::app) << row.dump() << "\n";
   }

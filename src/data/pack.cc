@@ -175,9 +175,11 @@ Packs make_packs(const TokenFile& file, const std::vector<int64_t>* samples, con
         continue;
       }
       if (rules.overlong == Overlong::kSplit) {
-        packs.split.add(p.count);
         // Where packs are cut to length all the same, that is where it is split.
-        for (; !(rules.pack && rules.always_max_length) && p.count > most; p = {p.first + most, p.count - most}) documents.push_back({{p.first, most}});
+        if (!(rules.pack && rules.always_max_length)) {
+          packs.split.add(p.count);
+          for (; p.count > most; p = {p.first + most, p.count - most}) documents.push_back({{p.first, most}});
+        }
       } else {
         packs.truncated.add(p.count - most);
         if (rules.overlong == Overlong::kTruncateLeft) p.first += p.count - most;

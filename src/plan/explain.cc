@@ -78,7 +78,7 @@ void Writer::sequence() {
   facts()["sequence"] = {{"max_length", plan_.max_length}, {"planned_length", S}, {"shard_tokens", S / P}, {"auto", r_.data.max_length == recipe::kAutoLength}};
 }
 
-std::string amount(const data::Amount& a) { return fmt::format("{} sample{}, {} tokens", format_count(a.samples), a.samples == 1 ? "" : "s", format_count(a.tokens)); }
+std::string amount(const data::Amount& a, const char* what = "sample") { return fmt::format("{} {}{}, {} tokens", format_count(a.samples), what, a.samples == 1 ? "" : "s", format_count(a.tokens)); }
 
 Json json_of(const data::Amount& a) { return {{"samples", a.samples}, {"tokens", a.tokens}}; }
 
@@ -93,7 +93,7 @@ void Writer::data() {
   // A pack's share of its room: of max_length, or of what it is padded to.
   const double room = static_cast<double>(p.size()) * static_cast<double>(plan_.max_length), fill = static_cast<double>(p.num_tokens) / room;
   const int64_t padding = plan_.train.padded_tokens - p.num_tokens;
-  line("data", "{} samples, {} tokens; {} longer than max_length {} dropped; longest {}", format_count(documents), format_count(p.num_tokens), format_count(p.dropped.samples), p.dropped.samples == 1 ? "was" : "were", format_count(p.longest_document));
+  line("data", "{} {}, {} tokens; {} longer than max_length {} dropped; longest {}", format_count(documents), r_.data.pack_samples ? "documents" : "samples", format_count(p.num_tokens), format_count(p.dropped.samples), p.dropped.samples == 1 ? "was" : "were", format_count(p.longest_document));
   if (r_.data.pack_samples)
     line("packs", "{} of up to {} tokens, {:.2f} % of their room used ({}); attention takes at most {:.2g} of what one document as long would", format_count(p.size()), format_count(plan_.max_length), 100 * fill,
          r_.data.always_max_length ? "cut to length" : r_.data.pack_strategy == recipe::PackStrategy::kBestFit ? "best fit" : "in order", plan_.document_share);
@@ -103,7 +103,7 @@ void Writer::data() {
   say(p.dropped, "dropped as longer than max_length (data.overlong)");
   if (p.truncated.samples > 0) line("", "{} sample{} truncated to max_length, {} tokens cut off", format_count(p.truncated.samples), p.truncated.samples == 1 ? "" : "s", format_count(p.truncated.tokens));
   say(p.split, "split to max_length");
-  say(p.left_out, "left out, the last pack is not full");
+  if (p.left_out.samples > 0) line("", "{} left out: they do not fill a pack", amount(p.left_out, "document"));
   say(p.repeated, "repeated to fill a pack");
   if (p.num_cut > 0) line("", "{} document{} cut where a pack was full", format_count(p.num_cut), p.num_cut == 1 ? "" : "s");
   if (p.num_fused > 0) line("", "{} pack{} merged to one document each (data.fuse_positions_prob)", format_count(p.num_fused), p.num_fused == 1 ? "" : "s");
@@ -278,7 +278,7 @@ void Writer::longest() {
 
 void Writer::batch() {
   const int64_t samples = r_.micro_batch_size * r_.gradient_accumulation_steps * plan_.mesh.R();
-  line("batch", "{} sample{} a step ({} x {} micro-batch{} x {} replica{}), at most {} tokens", samples, samples == 1 ? "" : "s", r_.micro_batch_size, r_.gradient_accumulation_steps,
+  line("batch", "{} {}{} a step ({} x {} micro-batch{} x {} replica{}), at most {} tokens", samples, r_.data.pack_samples ? "pack" : "sample", samples == 1 ? "" : "s", r_.micro_batch_size, r_.gradient_accumulation_steps,
        r_.gradient_accumulation_steps == 1 ? "" : "es", plan_.mesh.R(), plan_.mesh.R() == 1 ? "" : "s", format_count(samples * plan_.max_length));
   facts()["batch"] = {{"samples", samples}, {"tokens", samples * plan_.max_length}};
   if (plan_.num_steps >= 0) {

@@ -71,6 +71,7 @@ void evaluation_is_whole(Recipe& r) {
                  r.where("eval_interval"));
   ULY_USER_CHECK(has_data || r.eval_interval == 0, "{}: eval_interval: expected data.eval_sources or data.train_eval_split to evaluate on, found none",
                  r.where("eval_interval"));
+  if (!has_data && given(r, "eval_log_iter_interval")) r.notes.push_back({r.where("eval_log_iter_interval"), "eval_log_iter_interval", "no effect: there is no data to evaluate on"});
 }
 
 void samples_are_drawn_one_way(Recipe& r) {
