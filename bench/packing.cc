@@ -1,4 +1,5 @@
-// How fast documents are packed, and how full the packs are: build/bench_packing [--documents N] [--max-length N]
+// How fast documents are packed and how full the packs are, what a plan with them takes, and what a rank takes to load a pack:
+// build/bench_packing [--documents N] [--max-length N]
 //
 // Lengths are lognormal about a median of 700 tokens, as chats are; a row for each strategy is printed and, with --json FILE, appended.
 #include <fmt/format.h>
@@ -14,8 +15,9 @@
 #include "base/json.h"
 #include "base/safetensors.h"
 #include "base/units.h"
-#include "data/pack.h"
+#include "data/batch.h"
 #include "data/random.h"
+#include "plan/plan.h"
 
 namespace {
 
@@ -70,16 +72,41 @@ int main(int argc, char** argv) {
   char date[32];
   const std::time_t now = std::time(nullptr);
   std::strftime(date, sizeof date, "%Y-%m-%d", std::gmtime(&now));
-  for (const auto& [name, strategy, exactly] : {std::tuple("in_order", recipe::PackStrategy::kInOrder, false), std::tuple("best_fit", recipe::PackStrategy::kBestFit, false), std::tuple("always_max_length", recipe::PackStrategy::kInOrder, true)}) {
+  const auto row = [&](const std::string& what, double seconds, Json more) {
+    if (json.empty()) return;
+    Json row = {{"run", "packing"}, {"system", "ulysses-plus"}, {"what", what}, {"seconds", seconds}, {"command", fmt::format("build/bench_packing --documents {} --max-length {}", documents, max_length)}, {"machine", machine()}, {"date", date}};
+    row.update(more);
+    std::ofstream(json, std::ios::app) << row.dump() << "\n";
+  };
+  const auto seconds_of = [](auto&& work) {
     const auto begin = std::chrono::steady_clock::now();
-    const data::Packs packs = data::make_packs(file, nullptr, {.max_length = max_length, .pack = true, .strategy = strategy, .always_max_length = exactly});
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    work();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  };
+  for (const auto& [name, strategy, exactly] : {std::tuple("in_order", recipe::PackStrategy::kInOrder, false), std::tuple("best_fit", recipe::PackStrategy::kBestFit, false), std::tuple("always_max_length", recipe::PackStrategy::kInOrder, true)}) {
+    data::Packs packs;
+    const double seconds = seconds_of([&] { packs = data::make_packs(file, nullptr, {.max_length = max_length, .pack = true, .strategy = strategy, .always_max_length = exactly}); });
     const double fill = static_cast<double>(packs.num_tokens) / (static_cast<double>(packs.size()) * static_cast<double>(max_length));
     fmt::print("{:<18} {} documents, {} tokens to {} packs of {}: {:.3f} s, {:.3f} % of the room used\n", name, format_count(documents), format_count(packs.num_tokens), format_count(packs.size()), format_count(max_length), seconds, 100 * fill);
-    if (json.empty()) continue;
-    const Json row = {{"run", "packing"}, {"system", "ulysses-plus"}, {"what", fmt::format("{}: {} documents to packs of {}", name, documents, max_length)}, {"seconds", seconds}, {"fill", fill}, {"packs", packs.size()},
-                      {"command", fmt::format("build/bench_packing --documents {} --max-length {}", documents, max_length)}, {"machine", machine()}, {"date", date}};
-    std::ofstream(json, std::ios::app) << row.dump() << "\n";
+    row(fmt::format("{}: {} documents to packs of {}", name, documents, max_length), seconds, {{"fill", fill}, {"packs", packs.size()}});
+    if (strategy != recipe::PackStrategy::kBestFit) continue;
+    for (const int64_t P : {1, 8}) {
+      const int64_t S = (packs.longest + P - 1) / P * P;
+      const double load = seconds_of([&] {
+        data::count_labels(file, packs, {0}, S, P, P - 1);
+        data::make_batch(file, packs, {0}, S, P, P - 1);
+      });
+      fmt::print("{:<18} a pack of {} tokens, one rank of {}: {:.4f} s\n", "load", format_count(packs.longest), P, load);
+      row(fmt::format("load: a rank of {} its shard of a pack of {}", P, packs.longest), load, Json::object());
+    }
   }
+  recipe::Recipe recipe;
+  recipe.data.max_length = max_length, recipe.data.pack_samples = true, recipe.data.pack_strategy = recipe::PackStrategy::kBestFit;
+  models::Spec spec;  // Llama-3.1-8B
+  spec.L = 32, spec.D = 4096, spec.F = 14336, spec.N = 32, spec.K = 8, spec.H = 128, spec.V = 128256;
+  plan::Plan plan;
+  const double planning = seconds_of([&] { plan = plan::make(recipe, spec, {}, 1, plan::DataFacts{.tokens_path = path}); });
+  fmt::print("{:<18} with these packs: {:.3f} s, attention takes {:.4f} of one document's\n", "plan", planning, plan.document_share);
+  row(fmt::format("plan with {} documents", documents), planning, {{"attention_share", plan.document_share}});
   std::filesystem::remove(path);
 }
