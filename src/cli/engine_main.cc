@@ -81,6 +81,7 @@ int run(int argc, char** argv) {
   train->add_option("words", words, "RECIPE.yml, then key.path=value ...")->required();
   train->add_option("--model", job.model_folder, "folder with config.json and weights")->required();
   CLI::Option* tokens = train->add_option("--tokens", job.tokens_path, "token file");
+  train->add_option("--eval-tokens", job.eval_tokens_path, "token file to evaluate on");
   train->add_flag("--rehearse", job.rehearse, "one step without data, weights and arithmetic")->excludes(tokens);
   train->add_flag("--json", job.json, "--rehearse: for programs");
   train->add_option("--tokenizer", job.tokenizer_folder, "folder whose tokenizer is saved with the model; without it, the model's");

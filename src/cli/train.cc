@@ -44,12 +44,24 @@ void check_model(const recipe::Recipe& recipe, const models::Spec& spec) {
 
 std::vector<std::string> engine_command(const Options& options, bool cuda, const models::Spec& spec, const std::string& tokenizer, const plan::DataFacts& facts) {
   std::vector<std::string> command = {engine_program(), "train", options.recipe, "--model", model_place(spec), "--tokens", facts.tokens_path, "--device", cuda ? "cuda" : "cpu"};
+  if (!facts.eval_tokens_path.empty()) command.insert(command.end(), {"--eval-tokens", facts.eval_tokens_path});
   if (!tokenizer.empty()) command.insert(command.end(), {"--tokenizer", tokenizer});
   if (!options.dump_folder.empty()) command.insert(command.end(), {"--dump", options.dump_folder});
   if (options.restart_data) command.push_back("--restart-data");
   if (!options.profile_path.empty()) command.insert(command.end(), {"--profile", options.profile_path});
   command.insert(command.end(), options.overrides.begin(), options.overrides.end());
   return command;
+}
+
+// The token file of data.eval_sources, prepared as those of data.sources are; "" without.
+std::string prepare_evaluation(const recipe::Recipe& recipe, const models::Spec& spec) {
+  if (recipe.data.eval_sources.empty()) return "";
+  recipe::Recipe other = recipe;
+  other.data.as_given["sources"] = recipe.data.as_given["eval_sources"];
+  const std::string list = "data.eval_sources", as = "data.sources";
+  for (const auto& [key, place] : recipe.locations)
+    if (key.starts_with(list)) other.locations[as + key.substr(list.size())] = fmt::format("{}, {}", place, list);
+  return prepare_data(other, spec).tokens_path;
 }
 
 // Becomes the engine: the launcher that started this process watches it and has set its environment.
@@ -93,7 +105,8 @@ int train(const Options& options) {
   const plan::Machine machine = machine_of(ranks);
   plan::make(recipe, spec, machine, ranks.world, std::nullopt);  // what cannot be is said before data is prepared for long
   check_model(recipe, spec);
-  const plan::DataFacts facts = prepare_data(recipe, spec);
+  plan::DataFacts facts = prepare_data(recipe, spec);
+  facts.eval_tokens_path = prepare_evaluation(recipe, spec);
   const plan::Plan plan = plan::make(recipe, spec, machine, ranks.world, facts);
   if (!plan.fits) throw WillNotFit(plan.why_not);
 

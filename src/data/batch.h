@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "data/pack.h"
 #include "data/token_file.h"
 
 namespace uly::data {
@@ -14,12 +15,16 @@ struct Batch {
   int64_t S = 0;                                  // padded length
   std::vector<int64_t> ids, labels, positions;    // this rank's s = S / P tokens
   std::vector<int64_t> document_starts;           // over S: 0, ..., S; padding is the last document
-  int64_t num_tokens = 0, num_trained = 0;        // of the whole micro-batch, without padding
+  int64_t num_tokens = 0;                         // of the whole micro-batch, without padding
   int64_t longest_document = 0;                   // without padding
 };
 
-// Documents: `samples` of `file` in order, then padding up to S. Rank p of P gets tokens [p S/P, (p+1) S/P).
-Batch make_batch(const TokenFile& file, const std::vector<int64_t>& samples, int64_t S, int64_t P, int64_t p);
+// `packs` of all, by number, in order, then padding up to S. Rank p of P gets tokens [p S/P, (p+1) S/P), and reads no others of the
+// file. Throws UserError for an id outside the file's own vocabulary.
+Batch make_batch(const TokenFile& file, const Packs& all, const std::vector<int64_t>& packs, int64_t S, int64_t P, int64_t p);
+
+// Labels that such a batch of rank p has.
+int64_t count_labels(const TokenFile& file, const Packs& all, const std::vector<int64_t>& packs, int64_t S, int64_t P, int64_t p);
 
 // Cuts the documents at the borders of shards: what attention sees that stays inside each rank. Starts are relative to
 // the shard of rank p.

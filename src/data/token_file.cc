@@ -1,10 +1,9 @@
 #include "data/token_file.h"
 
 #include <algorithm>
-#include <numeric>
+#include <cstdlib>
 
 #include "base/check.h"
-#include "base/units.h"
 
 namespace uly::data {
 
@@ -22,34 +21,6 @@ TokenFile::TokenFile(const std::string& path) : file_(path) {
   ULY_USER_CHECK(starts_[0] == 0 && starts_[num_samples_] == ids.elements() && std::is_sorted(starts_, starts_ + num_samples_ + 1), "{}: its document starts do not cover its tokens in order", path);
   const auto vocabulary = file_.metadata().find("vocabulary");
   vocabulary_ = vocabulary == file_.metadata().end() ? 0 : std::atoll(vocabulary->second.c_str());
-  for (int64_t i = 0; i < ids.elements(); ++i)
-    ULY_USER_CHECK(ids_[i] >= 0 && ids_[i] < vocabulary_, "{}: token {} has id {}, outside the vocabulary of {}", path, i, ids_[i], vocabulary_);
-}
-
-int64_t TokenFile::count_trained(int64_t sample) const {
-  const uint8_t* t = trained(sample);
-  const int64_t n = length(sample);
-  return n <= 1 ? 0 : std::count_if(t + 1, t + n, [](uint8_t x) { return x != 0; });
-}
-
-Selection select(const TokenFile& file, int64_t max_length, bool drop_longer, const std::string& where) {
-  Selection s;
-  int64_t shortest = file.num_samples() > 0 ? file.length(0) : 0;
-  for (int64_t i = 0; i < file.num_samples(); ++i) {
-    const int64_t n = file.length(i);
-    shortest = std::min(shortest, n);
-    s.longest_in_file = std::max(s.longest_in_file, n);
-    if (n == 0 || (drop_longer && n > max_length)) {
-      ++s.num_dropped;
-      continue;
-    }
-    s.samples.push_back(i);
-    s.longest = std::max(s.longest, n);
-    s.num_tokens += n;
-  }
-  ULY_USER_CHECK(!s.samples.empty(), "{}: max_length {} is below every sample: the shortest of {} has {} tokens; raise data.max_length", where, format_count(max_length),
-                 format_count(file.num_samples()), format_count(shortest));
-  return s;
 }
 
 }  // namespace uly::data

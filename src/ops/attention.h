@@ -36,6 +36,7 @@ struct AttentionSchedule {
   int64_t backward_queries = 0, backward_keys = 0;  // longer documents go in blocks of queries x keys; 0: in one call
   int64_t summed_bytes = int64_t{2} << 30;  // of keys' and values' gradients in fp32, where the backward goes in blocks
   bool deterministic = false;            // fixed order of all sums
+  double document_share = 1;             // of the arithmetic of one document of S tokens: what the documents take that are expected. Only priced
 
   // Whether the backward of a document, or of documents of so many tokens in all, may go in blocks.
   bool backward_in_blocks(int64_t tokens) const { return backward_queries > 0 && tokens > std::min(backward_queries, backward_keys); }

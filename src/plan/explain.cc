@@ -28,7 +28,9 @@ class Writer {
 
   void model();
   void mesh(const Machine& machine);
-  void sequence(const std::optional<DataFacts>& facts, const data::Selection& selection);
+  void sequence();
+  void data();
+  void evaluation();
   void heads();
   void tiles();
   void kept();
@@ -66,7 +68,7 @@ void Writer::mesh(const Machine& machine) {
   facts()["mesh"] = {{"device", machine.cuda ? "cuda" : "cpu"}, {"world", mesh.W}, {"sequence_parallel", mesh.P}, {"replicas", mesh.R()}};
 }
 
-void Writer::sequence(const std::optional<DataFacts>& data, const data::Selection& selection) {
+void Writer::sequence() {
   const int64_t S = plan_.planned_length, P = plan_.mesh.P;
   line("sequence", "up to {} tokens a sample; the longest micro-batch has {} with padding, {} on each rank", format_count(plan_.max_length), format_count(S), format_count(S / P));
   if (r_.data.max_length == recipe::kAutoLength) line("", "max_length auto: {}", plan_.longest->max_length > 0 ? fmt::format("{}, the longest that fits", format_count(plan_.max_length)) : "nothing fits");
@@ -74,12 +76,58 @@ void Writer::sequence(const std::optional<DataFacts>& data, const data::Selectio
     line("", "max_length {} is beyond the model's {} positions: it has not been trained there", format_count(plan_.max_length), format_count(spec_.max_positions));
   if (!plan_.options.exchange && P > 1) line("", "attention_scope: shard keeps attention inside each rank: a control for experiments, no sequence parallelism");
   facts()["sequence"] = {{"max_length", plan_.max_length}, {"planned_length", S}, {"shard_tokens", S / P}, {"auto", r_.data.max_length == recipe::kAutoLength}};
-  if (!data) return;
-  line("data", "{} samples, {} tokens; {} longer than max_length {} dropped; longest {}", format_count(plan_.num_samples), format_count(selection.num_tokens), format_count(selection.num_dropped),
-       selection.num_dropped == 1 ? "was" : "were", format_count(selection.longest));
-  if (selection.longest_in_file * 2 <= plan_.max_length && !r_.data.pack_samples)
-    line("", "longest sample {} tokens: max_length {} is never reached because pack_samples is false ({})", format_count(selection.longest_in_file), format_count(plan_.max_length), r_.where("data.pack_samples"));
-  facts()["data"] = {{"samples", plan_.num_samples}, {"tokens", selection.num_tokens}, {"dropped", selection.num_dropped}, {"longest", selection.longest}, {"tokens_path", data->tokens_path}};
+}
+
+std::string amount(const data::Amount& a, const char* what = "sample") { return fmt::format("{} {}{}, {} tokens", format_count(a.samples), what, a.samples == 1 ? "" : "s", format_count(a.tokens)); }
+
+Json json_of(const data::Amount& a) { return {{"samples", a.samples}, {"tokens", a.tokens}}; }
+
+// What an epoch is made of, and what became of the rest.
+void Writer::data() {
+  if (!plan_.train) {
+    if (r_.data.pack_samples) line("data", "documents are packed once the data is prepared; until then attention is priced as over one document");
+    return;
+  }
+  const data::Packs& p = *plan_.train.packs;
+  const int64_t documents = p.num_pieces();
+  // A pack's share of its room: of max_length, or of what it is padded to.
+  const double room = static_cast<double>(p.size()) * static_cast<double>(plan_.max_length), fill = static_cast<double>(p.num_tokens) / room;
+  const int64_t padding = plan_.train.padded_tokens - p.num_tokens;
+  line("data", "{} {}, {} tokens; {} longer than max_length {} dropped; longest {}", format_count(documents), r_.data.pack_samples ? "documents" : "samples", format_count(p.num_tokens), format_count(p.dropped.samples), p.dropped.samples == 1 ? "was" : "were", format_count(p.longest_document));
+  if (r_.data.pack_samples)
+    line("packs", "{} of up to {} tokens, {:.2f} % of their room used ({}); attention takes at most {:.2g} of what one document as long would", format_count(p.size()), format_count(plan_.max_length), 100 * fill,
+         r_.data.always_max_length ? "cut to length" : r_.data.pack_strategy == recipe::PackStrategy::kBestFit ? "best fit" : "in order", plan_.document_share);
+  const auto say = [&](const data::Amount& a, const std::string& text) {
+    if (a.samples > 0) line("", "{} {}", amount(a), text);
+  };
+  say(p.dropped, "dropped as longer than max_length (data.overlong)");
+  if (p.truncated.samples > 0) line("", "{} sample{} truncated to max_length, {} tokens cut off", format_count(p.truncated.samples), p.truncated.samples == 1 ? "" : "s", format_count(p.truncated.tokens));
+  say(p.split, "split to max_length");
+  if (p.left_out.samples > 0) line("", "{} left out: they do not fill a pack", amount(p.left_out, "document"));
+  say(p.repeated, "repeated to fill a pack");
+  if (p.num_cut > 0) line("", "{} document{} cut where a pack was full", format_count(p.num_cut), p.num_cut == 1 ? "" : "s");
+  if (p.num_fused > 0) line("", "{} pack{} merged to one document each (data.fuse_positions_prob)", format_count(p.num_fused), p.num_fused == 1 ? "" : "s");
+  if (r_.micro_batch_size == 1) line("", "{} tokens of padding, {:.2f} % of what is computed", format_count(padding), 100.0 * static_cast<double>(padding) / static_cast<double>(plan_.train.padded_tokens));
+  if (p.longest_in_file * 2 <= plan_.max_length && !r_.data.pack_samples)
+    line("", "longest sample {} tokens: max_length {} is never reached because pack_samples is false ({})", format_count(p.longest_in_file), format_count(plan_.max_length), r_.where("data.pack_samples"));
+  facts()["data"] = {{"samples", documents}, {"tokens", p.num_tokens}, {"dropped", p.dropped.samples}, {"longest", p.longest_document}, {"tokens_path", plan_.train.file->path()},
+                     {"packs", p.size()}, {"fill", fill}, {"padding_tokens", padding}, {"dropped_tokens", p.dropped.tokens}, {"truncated", json_of(p.truncated)}, {"split", json_of(p.split)},
+                     {"left_out", json_of(p.left_out)}, {"repeated", json_of(p.repeated)}, {"cut", p.num_cut}, {"fused", p.num_fused}, {"attention_share", plan_.document_share}};
+}
+
+void Writer::evaluation() {
+  if (r_.eval_interval == 0) return;
+  std::string what = "data as the recipe says, once it is prepared";
+  if (plan_.eval) {
+    const data::Packs& p = *plan_.eval.packs;
+    const int64_t micro_batches = ceil_div(p.size(), r_.micro_batch_size * plan_.mesh.R());
+    what = fmt::format("{} samples, {} tokens in {} micro-batch{} a replica", format_count(p.num_pieces()), format_count(p.num_tokens), format_count(micro_batches), micro_batches == 1 ? "" : "es");
+    if (p.dropped.samples > 0) what += fmt::format("; {} dropped", amount(p.dropped));
+    facts()["evaluation"] = {{"samples", p.num_pieces()}, {"tokens", p.num_tokens}, {"packs", p.size()}, {"micro_batches", micro_batches}, {"dropped", json_of(p.dropped)}, {"longest", p.longest}};
+  }
+  line("evaluation", "every {} step{}: {}; forward only, {} within a micro-batch{}", format_count(r_.eval_interval), r_.eval_interval == 1 ? "" : "s", what, format_bytes(plan_.eval_bytes),
+       plan_.eval_seconds > 0 ? fmt::format(", at most {:.2f} s", plan_.eval_seconds) : "");
+  facts()["evaluation"].update({{"interval", r_.eval_interval}, {"bytes", plan_.eval_bytes}, {"seconds", plan_.eval_seconds}});
 }
 
 void Writer::heads() {
@@ -230,7 +278,7 @@ void Writer::longest() {
 
 void Writer::batch() {
   const int64_t samples = r_.micro_batch_size * r_.gradient_accumulation_steps * plan_.mesh.R();
-  line("batch", "{} sample{} a step ({} x {} micro-batch{} x {} replica{}), at most {} tokens", samples, samples == 1 ? "" : "s", r_.micro_batch_size, r_.gradient_accumulation_steps,
+  line("batch", "{} {}{} a step ({} x {} micro-batch{} x {} replica{}), at most {} tokens", samples, r_.data.pack_samples ? "pack" : "sample", samples == 1 ? "" : "s", r_.micro_batch_size, r_.gradient_accumulation_steps,
        r_.gradient_accumulation_steps == 1 ? "" : "es", plan_.mesh.R(), plan_.mesh.R() == 1 ? "" : "s", format_count(samples * plan_.max_length));
   facts()["batch"] = {{"samples", samples}, {"tokens", samples * plan_.max_length}};
   if (plan_.num_steps >= 0) {
@@ -291,7 +339,7 @@ void Writer::notes() {
 
 }  // namespace
 
-void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, const std::optional<DataFacts>& facts, const data::Selection& selection, const Asked& asked) {
+void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, const Asked& asked) {
   plan.facts = Json::object();
   plan.facts["recipe"] = r.path;
   plan.facts["notes"] = Json::array();
@@ -299,7 +347,8 @@ void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, cons
   Writer w(plan, r, spec);
   w.model();
   w.mesh(machine);
-  w.sequence(facts, selection);
+  w.sequence();
+  w.data();
   w.heads();
   w.tiles();
   w.attention();
@@ -307,6 +356,7 @@ void explain(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, cons
   w.time(machine);
   if (asked.longest) w.longest();
   w.batch();
+  w.evaluation();
   w.optimizer();
   w.notes();
   w.offload(machine);

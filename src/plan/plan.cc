@@ -12,8 +12,6 @@
 #include "base/check.h"
 #include "base/shapes.h"
 #include "base/units.h"
-#include "data/sampler.h"
-#include "data/token_file.h"
 #include "plan/explain.h"
 #include "plan/longest.h"
 
@@ -84,18 +82,67 @@ ops::AttentionSchedule attention_schedule(const recipe::Recipe& r, const Machine
   return s;
 }
 
-// Tokens of the longest micro-batch: the longest samples that could come together, each as often as an epoch has it.
-int64_t longest_micro_batch(const recipe::Recipe& r, int64_t R, int64_t max_length, const data::TokenFile* file, const data::Selection& selection) {
-  if (file == nullptr) return r.micro_batch_size * max_length;
+// Tokens of the longest micro-batch: the longest packs that could come together, each as often as an epoch has it.
+int64_t longest_micro_batch(const recipe::Recipe& r, int64_t R, const data::Packs& packs, int64_t min_steps) {
   std::vector<int64_t> lengths;
-  for (const int64_t i : selection.samples) lengths.push_back(file->length(i));
-  if (lengths.empty()) return 0;
-  const int64_t n = std::min(static_cast<int64_t>(lengths.size()), r.micro_batch_size), in_epoch = r.min_iterations * r.micro_batch_size * r.gradient_accumulation_steps * R;
-  const int64_t times = std::max<int64_t>(1, ceil_div(in_epoch, static_cast<int64_t>(lengths.size())));
+  for (int64_t i = 0; i < packs.size(); ++i) lengths.push_back(packs.tokens(i));
+  const int64_t n = std::min(packs.size(), r.micro_batch_size), in_epoch = min_steps * r.micro_batch_size * r.gradient_accumulation_steps * R;
+  const int64_t times = std::max<int64_t>(1, ceil_div(in_epoch, packs.size()));
   std::partial_sort(lengths.begin(), lengths.begin() + n, lengths.end(), std::greater<>());
   int64_t tokens = 0;
   for (int64_t i = 0, left = r.micro_batch_size; i < n && left > 0; ++i, left -= times) tokens += lengths[static_cast<size_t>(i)] * std::min(left, times);
   return tokens;
+}
+
+// Of attention's arithmetic over S tokens in one document, what the micro-batch takes that takes most.
+double document_share(const recipe::Recipe& r, const data::Packs& packs, int64_t S) {
+  double most = 0;
+  for (int64_t i = 0; i < packs.size(); ++i) most = std::max(most, packs.squared_lengths(i));
+  return std::min(1.0, most * static_cast<double>(r.micro_batch_size) / (static_cast<double>(S) * static_cast<double>(S)));
+}
+
+// Throws UserError where nothing is left to train or to evaluate on.
+void check_left(const recipe::Recipe& r, const data::TokenFile& file, const data::Packs& packs, int64_t max_length, const std::string& key) {
+  if (packs.size() > 0) return;
+  if (packs.left_out.samples > 0)
+    user_error("{} ({}): expected texts for a pack of max_length {} at least, found {} tokens: lower data.max_length, or give more data", r.type == "causal" ? key : "data.drop_last", r.where(r.type == "causal" ? key : "data.drop_last"),
+               format_count(max_length), format_count(packs.left_out.tokens));
+  ULY_USER_CHECK(packs.dropped.samples > 0, "{} ({}): expected samples with tokens, found none", key, r.where(key));
+  int64_t shortest = file.length(0);
+  for (int64_t i = 0; i < file.num_samples(); ++i) shortest = std::min(shortest, file.length(i));
+  user_error("{}: max_length {} is below every sample: the shortest of {} has {} tokens; raise data.max_length", r.where("data.max_length"), format_count(max_length), format_count(file.num_samples()), format_count(shortest));
+}
+
+std::shared_ptr<const data::TokenFile> open_tokens(const std::string& path, const models::Spec& spec) {
+  auto file = std::make_shared<const data::TokenFile>(path);
+  ULY_USER_CHECK(file->vocabulary() <= spec.V, "{}: its token ids reach {}, the model's vocabulary has {}: use the model's own tokenizer", path, file->vocabulary(), spec.V);
+  return file;
+}
+
+// Opens the token files and packs them.
+void load_data(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const DataFacts& facts) {
+  const auto fill = [&](Packed& packed, const std::vector<int64_t>* samples, const data::PackRules& rules, const std::string& key) {
+    packed.packs = std::make_shared<const data::Packs>(data::make_packs(*packed.file, samples, rules));
+    check_left(r, *packed.file, *packed.packs, plan.max_length, key);
+    for (int64_t i = 0; i < packed.packs->size(); ++i) packed.padded_tokens += padded_length(r, plan.max_length, plan.mesh.P, packed.packs->tokens(i));
+  };
+  plan.train.file = open_tokens(facts.tokens_path, spec);
+  const data::PackRules to_train = data::rules_to_train(r, plan.max_length), to_evaluate = data::rules_to_evaluate(r, plan.max_length);
+  if (r.data.eval_share > 0) {
+    const int64_t n = plan.train.file->num_samples();
+    const data::Split split = data::split_samples(n, r.data.eval_share, static_cast<uint64_t>(r.data.seed));
+    const std::string key = "data.train_eval_split";
+    ULY_USER_CHECK(!split.train.empty() && !split.eval.empty(), "{} ({}): expected samples on both sides, found {} to train on and {} to evaluate on", key, r.where(key), split.train.size(), split.eval.size());
+    plan.eval.file = plan.train.file;
+    fill(plan.train, &split.train, to_train, "data.sources");
+    fill(plan.eval, &split.eval, to_evaluate, key);
+  } else {
+    fill(plan.train, nullptr, to_train, "data.sources");
+    if (!facts.eval_tokens_path.empty()) {
+      plan.eval.file = open_tokens(facts.eval_tokens_path, spec);
+      fill(plan.eval, nullptr, to_evaluate, "data.eval_sources");
+    }
+  }
 }
 
 // What the process itself has of the host's memory beside its arenas: torch, CUDA's and cuDNN's own, the data's pages.
@@ -128,6 +175,7 @@ void choose_options(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
   for (int64_t p = 0; p < o.exchange_ranks(); ++p)
     if (const ops::Heads h = step::heads_of_rank(spec, o.exchange_ranks(), p); h.n > most.n) most = h;
   o.attention = attention_schedule(r, machine, most, o.S());
+  if (o.exchange) o.attention.document_share = plan.document_share;
 
   plan.room = room(r, machine, world, budget(r, machine, world));
   if (machine.cuda) plan.besides_bytes = kLibraryBytes + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(widest_summed_columns(spec)) + ops::attention_besides_bytes(o.attention, most, o.S());
@@ -176,6 +224,12 @@ Price price_micro_step(const step::Model& model, const step::Options& options, c
 Price price_update(const step::Model& model, const step::Options& options) {
   Priced priced({options.mesh.P, options.mesh.W}, 0, 0);
   step::update(priced, model, options, step::make_states(priced, model.units, options));
+  return priced.price();
+}
+
+Price price_evaluation(const step::Model& model, const step::Options& options, const Rates& rates) {
+  Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()), rates);
+  step::evaluate(priced, model, options, step::make_states(priced, model.units, options));
   return priced.price();
 }
 
@@ -266,30 +320,34 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
                  "deterministic ({}): only cuDNN's attention on sm_90 and newer, with heads of a multiple of 8 columns, adds in a fixed order; remove the key, or use --device cpu", r.where("deterministic"));
   recipe::learning_rate(r.scheduler, r.optimizer.learning_rate, 0, 1);
 
-  std::optional<data::TokenFile> file;
-  data::Selection selection;
   // Where not even the shortest length fits, which samples are as short is no matter.
+  int64_t longest = r.micro_batch_size * plan.max_length;
   if (facts && !(plan.longest && plan.longest->max_length == 0)) {
-    file.emplace(facts->tokens_path);
-    ULY_USER_CHECK(file->vocabulary() <= spec.V, "{}: its token ids reach {}, the model's vocabulary has {}: use the model's own tokenizer", facts->tokens_path, file->vocabulary(), spec.V);
-    selection = data::select(*file, plan.max_length, r.data.filter_samples, r.where("data.max_length"));
-    plan.num_samples = static_cast<int64_t>(selection.samples.size());
-    ULY_USER_CHECK(plan.num_samples >= plan.mesh.R() || r.min_iterations > 0, "data.sources ({}): {} sample{} for {} replicas (world {} / sequence_parallel_size {}): give more data or fewer ranks",
-                   r.where("data.sources"), plan.num_samples, plan.num_samples == 1 ? "" : "s", plan.mesh.R(), plan.mesh.W, plan.mesh.P);
+    load_data(plan, r, spec, *facts);
+    const data::Packs& packs = *plan.train.packs;
+    plan.num_samples = packs.size();
+    ULY_USER_CHECK(plan.num_samples >= plan.mesh.R() || r.min_iterations > 0, "data.sources ({}): {} {}{} for {} replicas (world {} / sequence_parallel_size {}): give more data or fewer ranks",
+                   r.where("data.sources"), plan.num_samples, r.data.pack_samples ? "pack" : "sample", plan.num_samples == 1 ? "" : "s", plan.mesh.R(), plan.mesh.W, plan.mesh.P);
     const Steps steps = count_steps(r, plan.mesh.R(), plan.num_samples);
     plan.steps_per_epoch = steps.per_epoch, plan.horizon = steps.horizon, plan.num_steps = steps.run;
+    longest = longest_micro_batch(r, plan.mesh.R(), packs, r.min_iterations);
+    if (plan.eval) longest = std::max(longest, longest_micro_batch(r, plan.mesh.R(), *plan.eval.packs, 0));
   }
-
-  plan.planned_length = padded_length(r, plan.max_length, plan.mesh.P, longest_micro_batch(r, plan.mesh.R(), plan.max_length, file ? &*file : nullptr, selection));
+  plan.planned_length = padded_length(r, plan.max_length, plan.mesh.P, longest);
+  if (plan.train) plan.document_share = document_share(r, *plan.train.packs, plan.planned_length);
   choose_options(plan, r, spec, machine, world);
   Question q = question(plan, r, machine);
   plan.rates = q.rates;
   q.thorough = asked.explain;
   choose_kept(step::Model(spec), plan, q);
   if (!plan.fits) plan.why_not = why_not(plan, r, spec, machine, world);
+  if (r.eval_interval > 0) {
+    const Price price = price_evaluation(step::Model(spec), plan.options, plan.rates);
+    plan.eval_seconds = price.seconds, plan.eval_bytes = price.step_places.of(ops::Tier::kDevice);
+  }
   plan.hash = hash_of(r, spec, plan);
   if (asked.longest && !plan.longest && plan.room.device_bytes > 0) plan.longest = find_longest(r, spec, machine, world, kLongestAsked, 256, plan.max_length);
-  explain(plan, r, spec, machine, file ? facts : std::nullopt, selection, asked);
+  explain(plan, r, spec, machine, asked);
   return plan;
 }
 

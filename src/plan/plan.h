@@ -3,12 +3,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "base/json.h"
+#include "data/pack.h"
+#include "data/token_file.h"
 #include "models/spec.h"
 #include "plan/choose.h"
 #include "plan/price.h"
@@ -52,6 +55,16 @@ const launch::Gpu& use_gpus(Machine& machine, std::span<const launch::Gpu> gpus)
 struct DataFacts {
   std::string tokens_path;
   int64_t num_samples = 0, longest = 0, num_tokens = 0, num_trained_tokens = 0;
+  std::string eval_tokens_path = {};  // of data.eval_sources
+};
+
+// The data of a plan: made once here, for who trains by it.
+struct Packed {
+  std::shared_ptr<const data::TokenFile> file;
+  std::shared_ptr<const data::Packs> packs;
+  int64_t padded_tokens = 0;  // of all packs, each padded as a micro-batch of its own
+
+  explicit operator bool() const { return packs != nullptr; }
 };
 
 struct Line {
@@ -89,7 +102,11 @@ struct Plan {
   int64_t pricings = 0;       // programs that were read
   bool fits = true;
   std::string why_not;        // a sentence, where it does not fit
-  int64_t num_samples = -1;   // after filtering; -1 before the data is prepared
+  Packed train, eval;         // absent before the data is prepared
+  double document_share = 1;  // ops::AttentionSchedule::document_share
+  double eval_seconds = 0;    // of one of its micro-batches
+  int64_t eval_bytes = 0;     // of the device, within a micro-batch of it
+  int64_t num_samples = -1;   // of an epoch, or its packs; -1 before the data is prepared
   int64_t steps_per_epoch = -1, horizon = -1, num_steps = -1;
   std::vector<Line> lines;    // what a person reads, in order
   Json facts;                 // what `--json` prints
@@ -109,6 +126,7 @@ void choose(Plan& plan, const recipe::Recipe& recipe, const models::Spec& spec, 
 Price price_step(const step::Model& model, const step::Options& options);
 Price price_micro_step(const step::Model& model, const step::Options& options, const step::Phase& phase);
 Price price_update(const step::Model& model, const step::Options& options);
+Price price_evaluation(const step::Model& model, const step::Options& options, const Rates& rates = {});
 
 // Columns of the widest matrix whose rows a kernel of the GPU sums: what its scratch is made for.
 inline int64_t widest_summed_columns(const models::Spec& spec) { return std::max({spec.D, 2 * spec.F, spec.qkv_columns()}); }

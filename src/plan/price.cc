@@ -246,14 +246,14 @@ ops::Event Priced::move(Buffer y, Buffer x) {
   return aside(Stream::kToDevice, over(bytes, rates_.to_device_bytes));
 }
 
-void Priced::attention(Buffer o_SnH, Buffer, Buffer, Buffer, const ops::Heads&, const ops::AttentionSchedule&) {
-  const double flops = 2.0 * static_cast<double>(o_SnH.rows) * static_cast<double>(o_SnH.rows) * static_cast<double>(o_SnH.columns);
+void Priced::attention(Buffer o_SnH, Buffer, Buffer, Buffer, const ops::Heads&, const ops::AttentionSchedule& schedule) {
+  const double flops = schedule.document_share * 2.0 * static_cast<double>(o_SnH.rows) * static_cast<double>(o_SnH.rows) * static_cast<double>(o_SnH.columns);
   price_.attention_flops += flops;
   compute(over(flops, rates_.attention_forward_flops));
 }
 
-void Priced::attention_grad(Buffer, Buffer do_SnH, Buffer, Buffer, Buffer, Buffer, const ops::Heads&, const ops::AttentionSchedule&) {
-  const double flops = 5.0 * static_cast<double>(do_SnH.rows) * static_cast<double>(do_SnH.rows) * static_cast<double>(do_SnH.columns);
+void Priced::attention_grad(Buffer, Buffer do_SnH, Buffer, Buffer, Buffer, Buffer, const ops::Heads&, const ops::AttentionSchedule& schedule) {
+  const double flops = schedule.document_share * 5.0 * static_cast<double>(do_SnH.rows) * static_cast<double>(do_SnH.rows) * static_cast<double>(do_SnH.columns);
   price_.attention_flops += flops;
   compute(over(flops, rates_.attention_backward_flops));
 }

@@ -86,7 +86,7 @@ Section tokenizer_section() {
                .kind = kFree,
                .initial = "{}",
                .decision = kNoEffect,
-               .why = "only `type: causal` reads it",
+               .why = "texts are tokenized without special tokens, and framed by the tokenizer's first and last token",
                .doc = "Arguments of the tokenizer's call."},
           },
   };
@@ -260,8 +260,8 @@ Section recipe_section() {
   out.fields = {
       {.name = "type",
        .initial = "sft",
-       .choices = {{"sft"}, {"causal", kLater, "training on plain text"}, {"dpo", kRefused, "preference training is not part of this engine; use sft"}},
-       .doc = "What is trained: `sft`, answers in chats.",
+       .choices = {{"sft"}, {"causal"}, {"dpo", kRefused, "preference training is not part of this engine; use sft"}},
+       .doc = "What is trained: `sft`, answers in chats; `causal`, plain text: joined, and cut to documents that fill packs of exactly `max_length`; what does not fill one at the end is left out.",
        .set = into(&Recipe::type)},
       {.name = "model", .kind = kSection, .initial = kRequired, .doc = "Which model is trained.", .section = {model_section()}},
       {.name = "tokenizer", .kind = kSection, .initial = "{}", .doc = "How text becomes tokens.", .section = {tokenizer_section()}},

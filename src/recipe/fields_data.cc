@@ -18,8 +18,8 @@ std::vector<Choice> source_types() {
   const char* const preference = "preference training is not part of this engine; use a source of chats";
   const char* const warehouse = "this engine reads no warehouse; export the table and name the files in a huggingface_instruct source";
   return {{"huggingface_instruct"},
-          {"huggingface", kLater, "plain text"},
-          {"huggingface_causal", kLater, "plain text"},
+          {"huggingface"},
+          {"huggingface_causal"},
           {"ProjectGutenbergSFT", kRefused, "prepare these books as chats and name them in a huggingface_instruct source"},
           {"HuggingFaceH4/ultrafeedback_binarized", kRefused, preference},
           {"snowflake", kRefused, warehouse}};
@@ -31,7 +31,7 @@ Section source_section(const char* title, SourceList list, const char* split) {
       .doc = "One data set: a mapping, or its name alone.",
       .fields =
           {
-              {.name = "type", .choices = source_types(), .doc = "What it holds; by default chats for `sft`."},
+              {.name = "type", .choices = source_types(), .doc = "What it holds; by default chats (`huggingface_instruct`) for `sft`, plain text (`huggingface`) for `causal`."},
               {.name = "name_or_path",
                .initial = kRequired,
                .doc = "Hub id, folder, file, or a builder's name such as `json` (its files then stand in `kwargs`). `name:train[:50]` also names the split.",
@@ -41,7 +41,7 @@ Section source_section(const char* title, SourceList list, const char* split) {
               {.name = "kwargs", .kind = kFree, .initial = "{}", .doc = "Arguments of `datasets.load_dataset`."},
               {.name = "role_mapping", .kind = kFree, .doc = "Where each role's text stands: a column, or `list.field.value`. Well-known data sets need none."},
               {.name = "content_key", .doc = "The field that holds a turn's text; by default the first of content, text, message, value."},
-              {.name = "column", .decision = kLater, .why = "plain text", .doc = "Column of plain text."},
+              {.name = "column", .doc = "Column of plain text; by default `text`, or the only one."},
               {.name = "sample_ratio", .kind = kNumber, .min = 0, .max = 1, .doc = "Draw this share of it; excludes `sample_count`."},
               {.name = "sample_count", .kind = kInt, .min = 1, .doc = "Draw this many; all, if there are fewer."},
               {.name = "sample_seed", .kind = kInt, .initial = "42", .doc = "Seed of the draw."},
@@ -61,7 +61,7 @@ std::vector<Field> common_fields() {
   const char* const seen = "every host must see cache_dir, or hold its own copy of the token files";
   return {
       {.name = "type",
-       .choices = {{"sft"}, {"causal", kLater, "training on plain text"}, {"dpo", kRefused, "preference training is not part of this engine; use sft"}},
+       .choices = {{"sft"}, {"causal"}, {"dpo", kRefused, "preference training is not part of this engine; use sft"}},
        .doc = "By default the recipe's `type`, which it must equal."},
       {.name = "sources",
        .kind = kSections,
@@ -72,9 +72,7 @@ std::vector<Field> common_fields() {
       {.name = "eval_sources",
        .kind = kSections,
        .initial = "[]",
-       .decision = kLater,
-       .why = "evaluation",
-       .doc = "Data sets to evaluate on.",
+       .doc = "Data sets to evaluate on, every `eval_interval` updates.",
        .section = {source_section("data.eval_sources", &Data::eval_sources, "eval")}},
       {.name = "train_eval_split",
        .kind = kNumbers,
@@ -82,9 +80,8 @@ std::vector<Field> common_fields() {
        .min = 0,
        .max = 1,
        .count = 2,
-       .decision = kLater,
-       .why = "evaluation",
-       .doc = "Shares to train on and to evaluate on; their sum is 1."},
+       .doc = "Shares to train on and to evaluate on; their sum is 1. Drawn by sample, before packing: none is in both. Excludes `eval_sources`.",
+       .set = [](Recipe& r, const Json& v) { r.data.eval_share = v[1].get<double>(); }},
       {.name = "max_length",
        .kind = kHumanInt,
        .min = 1,
@@ -112,15 +109,24 @@ std::vector<Field> common_fields() {
 }
 
 std::vector<Field> chat_fields() {
-  const char* const packing = "read together with pack_samples, which comes later";
   return {
       {.name = "mask_inputs", .kind = kBool, .initial = "true", .doc = "Train the assistant's text only.", .set = into(&Recipe::data, &Data::mask_inputs)},
       {.name = "ignore_empty_think", .kind = kBool, .initial = "false", .doc = "Do not train an empty `<think></think>` that begins an answer."},
       {.name = "filter_samples",
        .kind = kBool,
        .initial = "true",
-       .doc = "Drop samples longer than `max_length`.",
+       .doc = "Drop samples longer than `max_length`; false: train them whole. `overlong` says more and takes its place.",
        .set = into(&Recipe::data, &Data::filter_samples)},
+      {.name = "overlong",
+       .choices = {{"drop"}, {"truncate_left"}, {"truncate_right"}, {"split"}},
+       .doc = "Samples longer than `max_length`: dropped, cut on the left (the end is kept) or on the right, or split into documents of `max_length` and a rest. By default as `filter_samples` says.",
+       .set =
+           [](Recipe& r, const Json& v) {
+             if (v == "drop") r.data.overlong = Overlong::kDrop;
+             if (v == "truncate_left") r.data.overlong = Overlong::kTruncateLeft;
+             if (v == "truncate_right") r.data.overlong = Overlong::kTruncateRight;
+             if (v == "split") r.data.overlong = Overlong::kSplit;
+           }},
       {.name = "div_length",
        .kind = kHumanInt,
        .initial = "256",
@@ -135,26 +141,31 @@ std::vector<Field> chat_fields() {
       {.name = "pack_samples",
        .kind = kBool,
        .initial = "false",
-       .decision = kLater,
-       .why = "packing samples up to max_length",
-       .doc = "Join samples up to `max_length`; needs `micro_batch_size: 1`.",
+       .doc = "Join samples up to `max_length`, over the whole data set; needs `micro_batch_size: 1`. Documents stay apart: attention, positions and targets never cross from one to the next.",
        .set = into(&Recipe::data, &Data::pack_samples)},
-      {.name = "always_max_length", .kind = kBool, .initial = "false", .decision = kLater, .why = packing, .doc = "Packs of exactly `max_length`."},
-      {.name = "drop_last", .kind = kBool, .initial = "false", .decision = kLater, .why = packing, .doc = "Drop the last pack if it is short."},
+      {.name = "pack_strategy",
+       .initial = "in_order",
+       .choices = {{"in_order"}, {"best_fit"}},
+       .doc = "How samples find their pack. `in_order`: in the order of a shuffle by `seed`, one pack open at a time. `best_fit`: into the fullest pack that has room, long samples first.",
+       .set = [](Recipe& r, const Json& v) { r.data.pack_strategy = v == "best_fit" ? PackStrategy::kBestFit : PackStrategy::kInOrder; }},
+      {.name = "always_max_length",
+       .kind = kBool,
+       .initial = "false",
+       .doc = "Packs of exactly `max_length`: a sample that does not fit is cut, and its rest begins the next pack as a document of its own.",
+       .set = into(&Recipe::data, &Data::always_max_length)},
+      {.name = "drop_last", .kind = kBool, .initial = "false", .doc = "Drop the last pack if it is short.", .set = into(&Recipe::data, &Data::drop_last)},
       {.name = "fuse_positions_prob",
        .kind = kNumber,
        .initial = "0.0",
        .min = 0,
        .max = 1,
-       .decision = kLater,
-       .why = packing,
-       .doc = "How often a pack counts its positions through."},
+       .doc = "Share of the packs that are merged on purpose: all of such a pack is one document for positions and attention. Which, depends on `seed` only.",
+       .set = into(&Recipe::data, &Data::fuse_positions_prob)},
       {.name = "repeat_to_pack_max_length",
        .kind = kBool,
        .initial = "false",
-       .decision = kLater,
-       .why = packing,
-       .doc = "Repeat a small data set up to `max_length`."},
+       .doc = "Repeat a data set of fewer tokens than `max_length` up to it, before packing.",
+       .set = into(&Recipe::data, &Data::repeat_to_pack_max_length)},
   };
 }
 

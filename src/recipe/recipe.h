@@ -15,6 +15,9 @@ namespace uly::recipe {
 
 enum class PadTo { kDivLength, kMaxLength };
 enum class LossReduction { kToken, kSample };
+enum class PackStrategy { kInOrder, kBestFit };
+// What becomes of a sample longer than max_length; kKeep: it is trained whole.
+enum class Overlong { kDrop, kTruncateLeft, kTruncateRight, kSplit, kKeep };
 
 struct Model {
   std::string name_or_path;
@@ -42,7 +45,12 @@ struct Data {
   int64_t max_length = 0;              // 0: key absent, the model's max_position_embeddings; or kAutoLength
   bool mask_inputs = true;
   bool filter_samples = true;
-  bool pack_samples = false;
+  Overlong overlong = Overlong::kDrop; // where the key is absent, as filter_samples says
+  bool pack_samples = false;           // always with type: causal
+  PackStrategy pack_strategy = PackStrategy::kInOrder;
+  bool always_max_length = false, drop_last = false, repeat_to_pack_max_length = false;
+  double fuse_positions_prob = 0;
+  double eval_share = 0;               // of train_eval_split
   int64_t div_length = 256;
   PadTo pad_to = PadTo::kDivLength;
   int64_t num_proc = 16;

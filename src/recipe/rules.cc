@@ -26,6 +26,26 @@ void packs_go_alone(Recipe& r) {
                  r.where("micro_batch_size"), r.micro_batch_size);
 }
 
+// What only chats are packed by, given for texts, or for samples that are not packed; and what excludes each other.
+void packing_is_whole(Recipe& r) {
+  const bool causal = r.type == "causal";
+  ULY_USER_CHECK(!given(r, "data.filter_samples") || r.data.as_given["overlong"].is_null(), "{}: data.overlong: expected it alone, found data.filter_samples ({}) beside it: remove that", r.where("data.overlong"), r.where("data.filter_samples"));
+  ULY_USER_CHECK(r.data.pack_strategy == PackStrategy::kInOrder || !r.data.always_max_length || causal, "{}: data.pack_strategy: expected in_order with data.always_max_length, found best_fit: packs that are cut to length have nothing to fit", r.where("data.pack_strategy"));
+  if (r.data.as_given["overlong"].is_null() && !r.data.filter_samples) r.data.overlong = Overlong::kKeep;
+  for (const char* name : {"pack_samples", "pack_strategy", "always_max_length", "drop_last", "fuse_positions_prob", "repeat_to_pack_max_length", "overlong", "filter_samples", "mask_inputs", "ignore_empty_think"}) {
+    const std::string key = std::string("data.") + name;
+    if (causal && given(r, key)) r.notes.push_back({r.where(key), key, "no effect: type: causal joins texts and cuts them to packs of max_length"});
+  }
+  for (const char* name : {"pack_strategy", "always_max_length", "drop_last", "fuse_positions_prob", "repeat_to_pack_max_length"}) {
+    const std::string key = std::string("data.") + name;
+    if (!causal && !r.data.pack_samples && given(r, key)) r.notes.push_back({r.where(key), key, "no effect: data.pack_samples is false"});
+  }
+  if (!causal) return;
+  r.data.pack_samples = r.data.always_max_length = r.data.drop_last = true;
+  r.data.pack_strategy = PackStrategy::kInOrder, r.data.overlong = Overlong::kSplit;
+  r.data.fuse_positions_prob = 0, r.data.repeat_to_pack_max_length = false;
+}
+
 void padding_fits(Recipe& r) {
   const int64_t length = r.data.max_length;
   const int64_t multiple = r.data.div_length;
@@ -51,6 +71,7 @@ void evaluation_is_whole(Recipe& r) {
                  r.where("eval_interval"));
   ULY_USER_CHECK(has_data || r.eval_interval == 0, "{}: eval_interval: expected data.eval_sources or data.train_eval_split to evaluate on, found none",
                  r.where("eval_interval"));
+  if (!has_data && given(r, "eval_log_iter_interval")) r.notes.push_back({r.where("eval_log_iter_interval"), "eval_log_iter_interval", "no effect: there is no data to evaluate on"});
 }
 
 void samples_are_drawn_one_way(Recipe& r) {
@@ -102,7 +123,7 @@ void scratch_has_folders(Recipe& r) {
 }
 
 constexpr std::array kRules = {
-    data_type_is_the_recipes,           packs_go_alone,       padding_fits,      shares_sum_to_one,      evaluation_is_whole, samples_are_drawn_one_way,
+    data_type_is_the_recipes,           packs_go_alone,       packing_is_whole,     padding_fits,      shares_sum_to_one,      evaluation_is_whole, samples_are_drawn_one_way,
     special_tokens_are_not_added_twice, schedule_is_complete, one_entry_resumes, limits_are_of_states,
     scratch_has_folders};
 

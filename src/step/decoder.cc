@@ -1,6 +1,7 @@
 #include "step/decoder.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "base/shapes.h"
 
@@ -17,6 +18,9 @@ struct Schedule {
   explicit Schedule(const Model& m) : head(m.units.size() - 1), table(m.spec.tied_embeddings ? 0 : head) {}
 };
 
+// The output projection's place in the unit that holds it: untied, it follows the norm in the head's; tied, it is the embedding's.
+int64_t table_offset(const Model& m) { return m.spec.tied_embeddings ? 0 : m.units[Schedule(m).head].tensors.back().offset; }
+
 // Loss head: final norm, then tiles of logits that become their own gradient. Returns dx_sD.
 Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, const States& states, Held x_sD) {
   const models::Spec& spec = m.spec;
@@ -27,8 +31,7 @@ Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, cons
   const Buffer norm_D = zero.weights(units.head).view(0, 1, D);
   ops.rms_norm(h_sD, rstd_s, x_sD, norm_D, spec.norm_eps);
 
-  // Untied, the projection follows the norm in the head's unit; tied, it is the embedding's.
-  const int64_t at = spec.tied_embeddings ? 0 : m.units[units.head].tensors.back().offset;
+  const int64_t at = table_offset(m);
   const Buffer table_VD = zero.weights(units.table).view(at, spec.V, D);
   Buffer gradient = zero.gradient(units.table);
   {
@@ -61,6 +64,31 @@ Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, cons
   }
 }
 
+// The same without gradients.
+void loss_alone(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, const States& states, Held x_sD) {
+  const models::Spec& spec = m.spec;
+  const Schedule units(m);
+  const int64_t s = o.s, D = spec.D, tile = std::min(o.loss_tile, s);
+  ops.mark("loss head", -1);
+  Held h_sD(ops, s, D, o.dtype, Kind::kActivations, "final normed input");
+  {
+    const Held rstd_s(ops, s, 1, Dtype::kF32, Kind::kActivations, "rstd");
+    ops.rms_norm(h_sD, rstd_s, x_sD, zero.weights(units.head).view(0, 1, D), spec.norm_eps);
+  }
+  x_sD.reset();
+  const Buffer table_VD = zero.weights(units.table).view(table_offset(m), spec.V, D), labels_s = ops.input(ops::Input::kLabels_s);
+  const Held logits_tV(ops, tile, spec.V, o.dtype, Kind::kActivations, "logits tile"), loss_s(ops, s, 1, Dtype::kF32, Kind::kActivations, "loss of each token");
+  for (int64_t first = 0; first < s; first += tile) {
+    const int64_t t = std::min(tile, s - first);
+    const Buffer logits = (*logits_tV).row_range(0, t);
+    ops.linear(logits, (*h_sD).row_range(first, t), table_VD);
+    ops.cross_entropy(logits, (*loss_s).row_range(first, t), labels_s.row_range(first, t));
+  }
+  ops.sum_loss(states.loss_total, loss_s);
+  if (spec.tied_embeddings) zero.release(units.table);
+  zero.release(units.head);
+}
+
 }  // namespace
 
 void begin(ops::Ops& ops, const States& states) {
@@ -74,15 +102,20 @@ namespace {
 class Micro {
  public:
   Micro(ops::Ops& ops, const Model& m, const Options& o, const States& states, const Phase& phase)
-      : ops_(ops), m_(m), o_(o), states_(states), units_(m), zero_(ops, m.units, o, states, phase), ulysses_(ops, m.spec, o), saved_(static_cast<size_t>(m.spec.L)) {}
+      : ops_(ops), m_(m), o_(o), states_(states), units_(m), zero_(ops, m.units, o, states, phase), ulysses_(ops, m.spec, o), saved_(static_cast<size_t>(m.spec.L)) {
+    ops_.mark("embedding", -1);
+    table_sH_ = Held(ops_, o_.s, m_.spec.H, Dtype::kF32, Kind::kActivations, "cos and sin");
+    ops_.rope_table(table_sH_);
+    block_.emplace(ops_, m_.spec, o_, ulysses_, table_sH_);
+  }
+
+  void evaluate() {
+    const std::vector<LayerKeep> nothing(saved_.size(), {.input = false, .output = false});
+    loss_alone(ops_, m_, o_, zero_, states_, forward(nothing));
+  }
 
   void run() {
-    ops_.mark("embedding", -1);
-    Held table_sH(ops_, o_.s, m_.spec.H, Dtype::kF32, Kind::kActivations, "cos and sin");
-    ops_.rope_table(table_sH);
-    const Block block(ops_, m_.spec, o_, ulysses_, table_sH);
-    block_ = &block;
-    Held dx_sD = loss_head(ops_, m_, o_, zero_, states_, forward());
+    Held dx_sD = loss_head(ops_, m_, o_, zero_, states_, forward(o_.keep));
     for (Saved& saved : saved_) saved.settle();
     backward(dx_sD);
     ops_.mark("embedding backward", -1);
@@ -94,7 +127,7 @@ class Micro {
  private:
   LayerViews weights(size_t l) { return layer_views(m_.spec, zero_.weights(l + 1)); }
 
-  Held forward() {
+  Held forward(const std::vector<LayerKeep>& keep) {
     const models::Spec& spec = m_.spec;
     zero_.prefetch(units_.embedding);
     Held x_sD(ops_, o_.s, spec.D, o_.dtype, Kind::kSaved, "layer input");
@@ -109,7 +142,7 @@ class Micro {
       const auto settle = [&] {
         if (l > 0) saved_[l - 1].settle();
       };
-      x_sD = block_->forward(w, std::move(x_sD), o_.keep[l], saved_[l], static_cast<int64_t>(l), [&] {
+      x_sD = block_->forward(w, std::move(x_sD), keep[l], saved_[l], static_cast<int64_t>(l), [&] {
         if (o_.lean) settle();
       });
       settle();
@@ -191,13 +224,20 @@ class Micro {
   const Schedule units_;
   Zero zero_;
   const Ulysses ulysses_;
-  const Block* block_ = nullptr;
+  Held table_sH_;
+  std::optional<Block> block_;
   std::vector<Saved> saved_;
 };
 
 }  // namespace
 
 void micro_step(ops::Ops& ops, const Model& m, const Options& o, const States& states, const Phase& phase) { Micro(ops, m, o, states, phase).run(); }
+
+void evaluate(ops::Ops& ops, const Model& m, const Options& o, const States& states) { Micro(ops, m, o, states, {.first = false, .last = false, .update = false}).evaluate(); }
+
+void finish_evaluation(ops::Ops& ops, const Options& o, const States& states) {
+  if (o.mesh.W > 1) ops.wait(ops.all_reduce(states.loss_total, ops::Group::kWorld));
+}
 
 void finish_gradients(ops::Ops& ops, const Options& o, const States& states) {
   ops.mark("gradient norm", -1);

@@ -20,6 +20,13 @@ void begin(ops::Ops& ops, const States& states);
 // Forward and backward of one micro-batch: adds to every gradient shard and to loss_total.
 void micro_step(ops::Ops& ops, const Model& model, const Options& options, const States& states, const Phase& phase);
 
+// Forward of one micro-batch alone: adds to loss_total and keeps nothing. Updates that wait have been made before. Begin with begin(), end
+// with finish_evaluation().
+void evaluate(ops::Ops& ops, const Model& model, const Options& options, const States& states);
+
+// Sums the loss over all ranks.
+void finish_evaluation(ops::Ops& ops, const Options& options, const States& states);
+
 // Sums loss and squared norm of the gradient over all ranks; puts them where updates read them.
 void finish_gradients(ops::Ops& ops, const Options& options, const States& states);
 

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <numeric>
 #include <set>
 
 #include "base/check.h"
@@ -12,12 +13,15 @@
 #include "base/shapes.h"
 #include "base/units.h"
 #include "checkpoint/hub.h"
+#include "checkpoint/hub_files.h"
 #include "engine/profile.h"
 #include "data/sampler.h"
 #include "memory/gauges.h"
 #include "train/metrics.h"
+#include "train/preempt.h"
 #include "train/save.h"
 #include "train/session.h"
+#include "train/states.h"
 
 namespace uly::train {
 namespace {
@@ -30,67 +34,85 @@ double seconds_since(Clock::time_point t) { return std::chrono::duration<double>
 
 class Loop {
  public:
-  Loop(Session& session, const Job& job)
-      : s_(session), job_(job), r_(session.recipe()), sampler_(make_sampler()), metrics_(r_, session.spec(), session.plan().num_steps, session.mesh().W, session.first()) {}
+  Loop(Session& session, const Job& job, Clock::time_point began)
+      : s_(session), job_(job), r_(session.recipe()), began_(began), sampler_(make_sampler()), start_(resume_if_asked()), steps_(start_.steps), consumed_(start_.consumed), last_step_(last_step()), metrics_(r_, session.spec(), last_step_, session.mesh().W, session.first()), saver_(session) {}
 
-  void run();
+  Exit run();
 
  private:
   data::Sampler make_sampler() const;
-  // Runs one optimizer step; false if the epoch gave no micro-batch.
-  void step(int64_t epoch, int64_t step_in_epoch);
+  using Window = data::Sampler::Window;
+  // Trained tokens of every micro-batch of a window: [micro-batch][replica], the same on all ranks.
+  struct Trained {
+    int64_t replicas = 1;
+    std::vector<int64_t> counts;
+    int64_t total() const { return std::accumulate(counts.begin(), counts.end(), int64_t{0}); }
+    // Of a micro-batch's loss.
+    double scale(int64_t micro, int64_t replica, recipe::LossReduction reduction) const;
+  };
+  // Each rank counts in its own shards. Collective.
+  Trained count_trained(const plan::Packed& data, const Window& window) const;
+  int64_t padded_length(const plan::Packed& data, const std::vector<int64_t>& packs) const;
+  double epochs() const { return static_cast<double>(consumed_) / static_cast<double>(sampler_.epoch_size()); }
+
+  void step();
+  void maybe_evaluate();
+  Progress resume_if_asked();
+  int64_t last_step() const;
+  void say_what_may_be_lost() const;
   void check_finite(double loss, double norm);
   void maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended);
-  bool stop_asked();
+  void save(const recipe::Checkpoint& c);
+  std::string why_to_stop();
   void check_targets();
 
   Session& s_;
   const Job& job_;
   const recipe::Recipe& r_;
+  Clock::time_point began_;
   data::Sampler sampler_;
+  Progress start_;          // of this run: 0, or what the state says that it goes on from
+  int64_t steps_;           // made so far
+  int64_t consumed_;        // samples, over all ranks: what comes next follows from it
+  int64_t last_step_;       // after which this run ends
   Metrics metrics_;
-  int64_t steps_ = 0;       // made so far
+  Saver saver_;
   std::set<std::string> saved_;  // folders
   Clock::time_point last_end_ = Clock::now();
 };
 
 data::Sampler Loop::make_sampler() const {
-  data::Selection selection = data::select(s_.tokens(), s_.plan().max_length, r_.data.filter_samples, r_.where("data.max_length"));
-  std::vector<int64_t> samples = selection.samples;
-  const int64_t wanted = r_.min_iterations * r_.micro_batch_size * r_.gradient_accumulation_steps * s_.mesh().R();
-  while (static_cast<int64_t>(samples.size()) < wanted) samples.push_back(selection.samples[samples.size() % selection.samples.size()]);
-  return data::Sampler(std::move(samples), {.replicas = s_.mesh().R(),
-                                            .micro_batch_size = r_.micro_batch_size,
-                                            .accumulation_steps = r_.gradient_accumulation_steps,
-                                            .seed = static_cast<uint64_t>(r_.data.seed),
-                                            .first_batch_only = r_.overfit_first_batch});
+  return data::Sampler({.num_samples = s_.plan().train.packs->size(),
+                        .replicas = s_.mesh().R(),
+                        .micro_batch_size = r_.micro_batch_size,
+                        .accumulation_steps = r_.gradient_accumulation_steps,
+                        .min_steps = r_.min_iterations,
+                        .seed = static_cast<uint64_t>(r_.data.seed),
+                        .first_batch_only = r_.overfit_first_batch});
 }
 
-// The scale of each micro-batch's loss, by the trained tokens of all: [micro-batch][replica].
-std::vector<std::vector<double>> scales(const data::TokenFile& tokens, const data::Sampler::Window& window, recipe::LossReduction reduction) {
-  std::vector<std::vector<int64_t>> trained;
-  int64_t total = 0, with_any = 0;
-  for (const auto& replicas : window) {
-    auto& row = trained.emplace_back();
-    for (const auto& samples : replicas) {
-      int64_t n = 0;
-      for (const int64_t i : samples) n += tokens.count_trained(i);
-      row.push_back(n);
-      total += n;
-      with_any += n > 0;
-    }
+int64_t Loop::padded_length(const plan::Packed& data, const std::vector<int64_t>& packs) const {
+  int64_t tokens = 0;
+  for (const int64_t i : packs) tokens += data.packs->tokens(i);
+  return plan::padded_length(r_, s_.plan().max_length, s_.mesh().P, tokens);
+}
+
+Loop::Trained Loop::count_trained(const plan::Packed& data, const Window& window) const {
+  const step::Mesh& mesh = s_.mesh();
+  const size_t R = static_cast<size_t>(mesh.R()), mine = static_cast<size_t>(mesh.replica());
+  std::vector<int64_t> counts(window.size() * R);
+  for (size_t micro = 0; micro < window.size(); ++micro) {
+    const std::vector<int64_t>& packs = window[micro][mine];
+    counts[micro * R + mine] = data::count_labels(*data.file, *data.packs, packs, padded_length(data, packs), mesh.P, mesh.p());
   }
-  std::vector<std::vector<double>> out;
-  for (const auto& row : trained) {
-    auto& scale = out.emplace_back();
-    for (const int64_t n : row) {
-      if (reduction == recipe::LossReduction::kToken)
-        scale.push_back(total > 0 ? 1.0 / static_cast<double>(total) : 0.0);
-      else
-        scale.push_back(n > 0 ? 1.0 / (static_cast<double>(with_any) * static_cast<double>(n)) : 0.0);
-    }
-  }
-  return out;
+  return {static_cast<int64_t>(R), mesh.W > 1 ? s_.world().all().sum(counts) : counts};
+}
+
+double Loop::Trained::scale(int64_t micro, int64_t replica, recipe::LossReduction reduction) const {
+  const int64_t n = counts[static_cast<size_t>(micro * replicas + replica)];
+  if (reduction == recipe::LossReduction::kToken) return total() > 0 ? 1.0 / static_cast<double>(total()) : 0.0;
+  const int64_t with_any = std::count_if(counts.begin(), counts.end(), [](int64_t x) { return x > 0; });
+  return n > 0 ? 1.0 / (static_cast<double>(with_any) * static_cast<double>(n)) : 0.0;
 }
 
 void Loop::check_finite(double loss, double norm) {
@@ -99,26 +121,22 @@ void Loop::check_finite(double loss, double norm) {
   throw NumericsError(fmt::format("step {}: loss is {}, gradient norm is {}{}; the step was not applied", steps_ + 1, loss, norm, unit.empty() ? "" : ", first in " + unit));
 }
 
-void Loop::step(int64_t epoch, int64_t step_in_epoch) {
+void Loop::step() {
   const Clock::time_point begin = Clock::now();
   const step::Mesh& mesh = s_.mesh();
-  const data::Sampler::Window window = sampler_.window(epoch, step_in_epoch);
-  const auto scale = scales(s_.tokens(), window, r_.loss_reduction);
+  const plan::Packed& data = s_.plan().train;
+  const Window window = sampler_.window(consumed_);
+  const Trained trained = count_trained(data, window);
   StepFigures f;
+  f.trained_tokens = trained.total();
+  for (const auto& replicas : window)
+    for (const auto& packs : replicas)
+      for (const int64_t i : packs) f.tokens += data.packs->tokens(i), f.sum_squared_lengths += data.packs->squared_lengths(i);
   s_.begin();
   for (size_t micro = 0; micro < window.size(); ++micro) {
-    const size_t mine = static_cast<size_t>(mesh.replica());
-    for (const auto& samples : window[micro])
-      for (const int64_t i : samples) {
-        const double n = static_cast<double>(s_.tokens().length(i));
-        f.tokens += s_.tokens().length(i);
-        f.trained_tokens += s_.tokens().count_trained(i);
-        f.sum_squared_lengths += n * n;
-      }
-    int64_t tokens = 0;
-    for (const int64_t i : window[micro][mine]) tokens += s_.tokens().length(i);
-    const int64_t S = plan::padded_length(r_, s_.plan().max_length, mesh.P, tokens);
-    s_.micro_step(data::make_batch(s_.tokens(), window[micro][mine], S, mesh.P, mesh.p()), scale[micro][mine], micro + 1 == window.size());
+    const std::vector<int64_t>& packs = window[micro][static_cast<size_t>(mesh.replica())];
+    const double scale = trained.scale(static_cast<int64_t>(micro), mesh.replica(), r_.loss_reduction);
+    s_.micro_step(data::make_batch(*data.file, *data.packs, packs, padded_length(data, packs), mesh.P, mesh.p()), scale, micro + 1 == window.size());
   }
   s_.finish_gradients();
   if (!job_.dump_folder.empty()) dump_gradients(s_, job_.dump_folder, steps_ + 1, s_.loss());
@@ -128,9 +146,10 @@ void Loop::step(int64_t epoch, int64_t step_in_epoch) {
   const double loss = s_.loss(), norm = std::sqrt(s_.squared_norm());
   check_finite(loss, norm);
   ++steps_;
+  consumed_ += sampler_.count(consumed_);
 
   f.iter = steps_;
-  f.epoch = static_cast<double>(epoch) + static_cast<double>(step_in_epoch + 1) / static_cast<double>(s_.plan().steps_per_epoch);
+  f.epoch = epochs();
   f.loss = loss;
   f.grad_norm = norm;
   f.seqlen = static_cast<double>(f.tokens) / static_cast<double>(window.size() * static_cast<size_t>(mesh.R()));
@@ -140,26 +159,101 @@ void Loop::step(int64_t epoch, int64_t step_in_epoch) {
   metrics_.step(f);
 }
 
+// Each trained token of the data to evaluate on counts once, whatever the ranks.
+void Loop::maybe_evaluate() {
+  const plan::Packed& data = s_.plan().eval;
+  if (!data || steps_ % r_.eval_interval != 0) return;
+  const Clock::time_point begin = Clock::now();
+  const step::Mesh& mesh = s_.mesh();
+  const data::Packs& all = *data.packs;
+  const int64_t per_row = r_.micro_batch_size * mesh.R();
+  // As one window of all its micro-batches.
+  Window window;
+  for (int64_t row = 0; row < all.size(); row += per_row) {
+    auto& replicas = window.emplace_back(static_cast<size_t>(mesh.R()));
+    for (int64_t i = row; i < std::min(row + per_row, all.size()); ++i) replicas[static_cast<size_t>((i - row) / r_.micro_batch_size)].push_back(i);
+  }
+  const Trained trained = count_trained(data, window);
+  ULY_USER_CHECK(trained.total() > 0, "{}: no token to evaluate on is trained", r_.where(r_.data.eval_share > 0 ? "data.train_eval_split" : "data.eval_sources"));
+  s_.begin_evaluation();
+  for (const auto& replicas : window) {
+    const std::vector<int64_t>& packs = replicas[static_cast<size_t>(mesh.replica())];
+    s_.evaluate(data::make_batch(*data.file, all, packs, padded_length(data, packs), mesh.P, mesh.p()), 1.0 / static_cast<double>(trained.total()));
+  }
+  const double loss = s_.finish_evaluation();
+  metrics_.evaluation({.iter = steps_, .epoch = epochs(), .loss = loss, .tokens = all.num_tokens, .trained_tokens = trained.total(), .seconds = seconds_since(begin)}, steps_ / r_.eval_interval % r_.eval_log_iter_interval == 0);
+  last_end_ = Clock::now();
+}
+
 void Loop::maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended) {
   for (const recipe::Checkpoint& c : r_.checkpoint) {
-    if (!c.enabled || c.type != "huggingface" || steps_ == 0) continue;
+    if (!c.enabled || steps_ == start_.steps) continue;
     const bool by_step = c.save_every_n_steps > 0 && steps_ % c.save_every_n_steps == 0;
     const bool by_epoch = epoch_ended && c.save_every_n_epochs > 0 && finished_epochs % c.save_every_n_epochs == 0;
     if (!(ended ? c.save_end_of_training : by_step || by_epoch)) continue;
-    const std::string folder = hub_folder(c, steps_);
-    if (!saved_.insert(folder).second) continue;
-    s_.flush();
-    save_hub(s_, folder);
-    if (s_.first()) say("saved {}", folder);
+    save(c);
   }
 }
 
-// Asks whether the kill switch exists; rank 0 looks, all ranks agree.
-bool Loop::stop_asked() {
-  if (r_.kill_switch_path.empty()) return false;
+void Loop::save(const recipe::Checkpoint& c) {
+  const std::string folder = hub_folder(c, steps_);
+  if (!saved_.insert(folder).second) return;
+  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_}, {{"samples", s_.plan().train.packs->size()}});
+  s_.flush();
+  save_hub(s_, folder);
+  if (s_.first()) say("saved {}", folder);
+}
+
+// The state to go on from, where the recipe asks for one and there is one.
+Progress Loop::resume_if_asked() {
+  for (const recipe::Checkpoint& c : r_.checkpoint) {
+    if (!c.enabled || !c.auto_resume) continue;
+    const std::optional<Resumed> found = resume(s_, c, job_.restart_data);
+    if (!found) continue;
+    const int64_t had = found->facts.value("samples", int64_t{0}), has = s_.plan().train.packs->size();
+    ULY_USER_CHECK(job_.restart_data || had == has, "{}: the data had {} samples when it was saved, and has {}: which have been seen is not known then; expected the same, or --restart-data to begin the data anew", found->folder, format_count(had), format_count(has));
+    if (s_.first()) {
+      say("going on from {}: step {}, {} samples seen{}", found->folder, format_count(found->progress.steps), format_count(found->facts.at("consumed").get<int64_t>()), job_.restart_data ? "; the data begins anew" : "");
+      Metrics::forget_after(r_, found->progress.steps);
+    }
+    return found->progress;
+  }
+  return {};
+}
+
+int64_t Loop::last_step() const {
+  int64_t last = s_.plan().horizon;
+  if (r_.exit_iteration > 0) last = std::min(last, r_.exit_iteration);
+  if (r_.exit_iteration_this_run > 0) last = std::min(last, start_.steps + r_.exit_iteration_this_run);
+  return last;
+}
+
+bool saves_on_the_way(const recipe::Checkpoint& c) { return c.enabled && (c.save_every_n_steps > 0 || c.save_every_n_epochs > 0); }
+
+void Loop::say_what_may_be_lost() const {
+  if (!s_.first() || steps_ >= last_step_) return;
+  bool state = false, model = false;
+  for (const recipe::Checkpoint& c : r_.checkpoint) (c.type == "huggingface" ? model : state) |= saves_on_the_way(c);
+  if (state) return;
+  say("no state is saved on the way: an interruption loses {}; checkpoint: [{{type: deepspeed, output_dir: ..., save_every_n_steps: ..., auto_resume: true}}] would keep it", model ? "the optimizer's state, and what came after the last saved model" : fmt::format("all {} steps", format_count(last_step_ - steps_)));
+}
+
+// Whether a state can be left behind for another run to go on from.
+bool saves_states(const recipe::Recipe& r) {
+  return std::any_of(r.checkpoint.begin(), r.checkpoint.end(), [](const recipe::Checkpoint& c) { return c.enabled && c.type != "huggingface" && (saves_on_the_way(c) || c.save_end_of_training || c.auto_resume); });
+}
+
+// Why to stop before the next step, the same on all ranks: a signal to any of them, or what rank 0 sees; "" to go on.
+std::string Loop::why_to_stop() {
+  const bool looks = !r_.kill_switch_path.empty(), clock = r_.exit_after_seconds > 0, signals = saves_states(r_);
+  if (!looks && !clock && !signals) return "";
+  constexpr int kSwitch = 1000, kClock = 1001;
   std::error_code error;
-  const bool here = s_.first() && std::filesystem::exists(r_.kill_switch_path, error);
-  return s_.world().all().max(here ? 1 : 0) > 0;
+  int why = noticed_signal();
+  if (why == 0 && s_.first() && looks && std::filesystem::exists(r_.kill_switch_path, error)) why = kSwitch;
+  if (why == 0 && s_.first() && clock && seconds_since(began_) >= r_.exit_after_seconds) why = kClock;
+  why = static_cast<int>(s_.world().all().max(why));
+  return why == 0 ? "" : why == kSwitch ? r_.kill_switch_path + " exists" : why == kClock ? fmt::format("exit_after: {} have passed", format_duration(r_.exit_after_seconds)) : fmt::format("signal {}", why);
 }
 
 // Looks before the first step at where models will be saved, so that no finished run meets a folder that it must not touch
@@ -167,9 +261,15 @@ bool Loop::stop_asked() {
 void Loop::check_targets() {
   on_first(s_.world(), [&] {
     for (const recipe::Checkpoint& c : r_.checkpoint) {
-      const int64_t last = s_.plan().num_steps, every = c.save_every_n_steps > 0 ? c.save_every_n_steps : last;
-      if (!c.enabled || c.type != "huggingface" || last < 1) continue;
+      const int64_t last = last_step_, every = c.save_every_n_steps > 0 ? c.save_every_n_steps : last;
+      if (!c.enabled || last <= start_.steps) continue;
       if (!c.save_end_of_training && c.save_every_n_steps == 0 && c.save_every_n_epochs == 0) continue;
+      if (c.type != "huggingface") {
+        checkpoint::make_folder(c.output_dir);
+        for (int64_t step = start_.steps + 1; step <= last; ++step)
+          if (step == last || (c.save_every_n_steps > 0 && step % c.save_every_n_steps == 0)) checkpoint::check_state_target(state_folder(c, step));
+        continue;
+      }
       for (int64_t step = every; step < last; step += every) checkpoint::check_hub_target(s_.spec(), hub_folder(c, step));
       checkpoint::check_hub_target(s_.spec(), hub_folder(c, last));
       checkpoint::check_hub_room(s_.spec(), r_.model.dtype, c.output_dir);
@@ -177,33 +277,39 @@ void Loop::check_targets() {
   });
 }
 
-void Loop::run() {
-  const plan::Plan& plan = s_.plan();
+Exit Loop::run() {
   check_targets();
-  bool stopped = false;
-  int64_t epoch = 0;
-  for (; steps_ < plan.num_steps && !stopped; ++epoch) {
-    for (int64_t i = 0; i < plan.steps_per_epoch && steps_ < plan.num_steps; ++i) {
-      if (stop_asked()) {
-        if (s_.first()) say("{} exists: stopping after step {}", r_.kill_switch_path, steps_);
-        stopped = true;
-        break;
-      }
-      const bool profiled = s_.first() && !job_.profile.empty() && steps_ == std::min(plan.num_steps, kProfiledStep) - 1;
-      if (profiled) engine::start_profile(job_.cuda);
-      {
-        RECORD_USER_SCOPE(fmt::format("step {}", steps_ + 1));
-        step(epoch, i);
-      }
-      if (profiled) {
-        engine::stop_profile(job_.profile);
-        say("trace of step {}: {}", steps_, job_.profile);
-      }
-      const bool epoch_ended = i + 1 == plan.steps_per_epoch;
-      maybe_save(epoch + 1, epoch_ended, false);
+  say_what_may_be_lost();
+  std::string stop;
+  while (steps_ < last_step_) {
+    stop = why_to_stop();
+    if (!stop.empty()) break;
+    const bool profiled = s_.first() && !job_.profile.empty() && steps_ - start_.steps == std::min(last_step_ - start_.steps, kProfiledStep) - 1;
+    if (profiled) engine::start_profile(job_.cuda);
+    {
+      RECORD_USER_SCOPE(fmt::format("step {}", steps_ + 1));
+      step();
     }
+    if (profiled) {
+      engine::stop_profile(job_.profile);
+      say("trace of step {}: {}", steps_, job_.profile);
+    }
+    saver_.poll();
+    maybe_evaluate();
+    const data::Sampler::Position at = sampler_.position(consumed_);
+    maybe_save(at.epoch, at.first == 0, false);
   }
-  maybe_save(epoch, false, true);
+  if (!stop.empty() && s_.first()) say("{}: stopping after step {}", stop, steps_);
+  const bool pre_empted = !stop.empty() && saves_states(r_);
+  if (pre_empted && steps_ > start_.steps) {
+    for (const recipe::Checkpoint& c : r_.checkpoint)
+      if (c.enabled && c.type != "huggingface") save(c);
+  } else if (!pre_empted) {
+    maybe_save(sampler_.position(consumed_).epoch, false, true);
+  }
+  saver_.finish();
+  ULY_USER_CHECK(saver_.failures() == 0, "{} of the saves failed; see above", saver_.failures());
+  return pre_empted ? Exit::kPreempted : Exit::kDone;
 }
 
 // `before`: resident bytes before the arenas were made. What is left over is what ATen and Gloo have allocated.
@@ -223,15 +329,17 @@ void say_memory(Session& s, int64_t before, bool cuda) {
 
 int run(const Job& job, comm::World& world) {
   const c10::InferenceMode no_autograd;
+  const Clock::time_point began = Clock::now();
   const int64_t before = memory::resident_bytes();
+  if (saves_states(recipe::load(job.recipe_path, job.overrides))) notice_signals();
   Session session(job, world);
   if (session.first())
     for (const plan::Line& line : session.plan().lines) say("{:<10} {}", line.subject, line.text);
-  Loop loop(session, job);
-  loop.run();
+  Loop loop(session, job, began);
+  const Exit exit = loop.run();
   say_memory(session, before, job.cuda);
   world.all().barrier();
-  return static_cast<int>(Exit::kDone);
+  return static_cast<int>(exit);
 }
 
 int run(const Job& job) {

@@ -1,11 +1,16 @@
 #include "train/metrics.h"
 
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
 #include <filesystem>
+#include <vector>
 
 #include "base/check.h"
 #include "base/json.h"
 #include "base/log.h"
 #include "base/units.h"
+#include "checkpoint/hub_files.h"
 
 namespace uly::train {
 namespace {
@@ -29,11 +34,42 @@ Metrics::Metrics(const recipe::Recipe& r, const models::Spec& spec, int64_t tota
   ULY_USER_CHECK(file_.good(), "train_log_metrics_path ({}): cannot write {}: {}", r.where("train_log_metrics_path"), path_, error ? error.message() : std::strerror(errno));
 }
 
+void Metrics::forget_after(const recipe::Recipe& r, int64_t iter) {
+  const std::string& path = r.train_log_metrics_path;
+  std::ifstream file(path);
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(file, line);) lines.push_back(line);
+  if (lines.empty()) return;
+  // The last may be half of one.
+  const auto is_later = [&](const std::string& line) {
+    const Json told = Json::parse(line, nullptr, false);
+    return !told.is_object() || told.value("iter", int64_t{0}) > iter;
+  };
+  while (!lines.empty() && is_later(lines.back())) lines.pop_back();
+  std::string text;
+  for (const std::string& line : lines) text += line + "\n";
+  const std::string beside = path + ".incomplete";
+  checkpoint::write_file(beside, text);
+  ULY_USER_CHECK(::rename(beside.c_str(), path.c_str()) == 0, "train_log_metrics_path ({}): cannot write {}: {}", r.where("train_log_metrics_path"), path, std::strerror(errno));
+}
+
 // The reference's formula (full attention, activation checkpointing on), so that figures can be laid side by side.
 double Metrics::teraflops(const StepFigures& f) const {
   const double L = static_cast<double>(spec_.L), D = static_cast<double>(spec_.D), H = static_cast<double>(spec_.H), N = static_cast<double>(spec_.N), K = static_cast<double>(spec_.K);
   const double weights = L * (3 * D * static_cast<double>(spec_.F) + D * (2 * N * H + 2 * K * H)) + static_cast<double>(spec_.V) * D;
   return (8 * weights * static_cast<double>(f.tokens) + 16 * f.sum_squared_lengths * H * N * L) / 1e12;
+}
+
+void Metrics::write(const Json& line) {
+  file_ << line.dump() << "\n" << std::flush;
+  ULY_USER_CHECK(file_.good(), "{}: no room on disk for the metrics", path_);
+}
+
+void Metrics::evaluation(const EvalFigures& f, bool speaks) {
+  if (!on_) return;
+  write({{"epoch", f.epoch}, {"eval_loss", f.loss}, {"eval_time", f.seconds}, {"iter", f.iter}, {"tokens", f.tokens}, {"trained_tokens", f.trained_tokens}});
+  if (speaks)
+    say("Eval iter:  {:>{}}/{}      | eval loss: {:.4f} | {} trained of {} tokens | {}", f.iter, std::to_string(total_steps_).size(), total_steps_, f.loss, format_count(f.trained_tokens), format_count(f.tokens), format_duration(f.seconds));
 }
 
 void Metrics::step(const StepFigures& f) {
@@ -46,8 +82,7 @@ void Metrics::step(const StepFigures& f) {
                {"step_tflops", flops / f.step_seconds}, {"step_time", f.step_seconds},
                {"tokens", f.tokens},         {"tokens_per_second", per_second},
                {"trained_tokens", f.trained_tokens}};
-  file_ << line.dump() << "\n" << std::flush;
-  ULY_USER_CHECK(file_.good(), "{}: no room on disk for the metrics", path_);
+  write(line);
   ++seen_;
   const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
   const double left = elapsed / static_cast<double>(seen_) * static_cast<double>(total_steps_ - f.iter);

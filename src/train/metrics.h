@@ -6,6 +6,7 @@
 #include <fstream>
 #include <string>
 
+#include "base/json.h"
 #include "models/spec.h"
 #include "recipe/recipe.h"
 
@@ -22,15 +23,29 @@ struct StepFigures {
   double iter_seconds = 0;      // since the last step ended: loading, saving included
 };
 
+struct EvalFigures {
+  int64_t iter = 0;             // optimizer steps made
+  double epoch = 0;
+  double loss = 0;              // mean over all trained tokens
+  int64_t tokens = 0, trained_tokens = 0;
+  double seconds = 0;
+};
+
 class Metrics {
  public:
   // Creates the file's folder, appends to the file. `total_steps` and `ranks` are for progress and per-rank figures.
   Metrics(const recipe::Recipe& recipe, const models::Spec& spec, int64_t total_steps, int64_t ranks, bool on);
 
+  // Takes back what a run has told of later steps, before it goes on from this one. Lines of runs before it stay.
+  static void forget_after(const recipe::Recipe& recipe, int64_t iter);
+
   void step(const StepFigures& f);
+  // `speaks`: on the terminal too.
+  void evaluation(const EvalFigures& f, bool speaks);
 
  private:
   double teraflops(const StepFigures& f) const;
+  void write(const Json& line);
 
   const models::Spec& spec_;
   int64_t total_steps_, ranks_;

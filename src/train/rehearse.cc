@@ -70,7 +70,7 @@ std::array<double, plan::kNumStreams> busy(const Session& s, const plan::Rates& 
 data::Batch make_batch(const Session& s) {
   const int64_t S = s.plan().planned_length, P = s.mesh().P, n = S / P, begin = s.mesh().p() * n, length = s.plan().max_length, tokens = s.recipe().micro_batch_size * length;
   data::Batch batch;
-  batch.S = S, batch.num_tokens = batch.num_trained = tokens, batch.longest_document = length;
+  batch.S = S, batch.num_tokens = tokens, batch.longest_document = length;
   for (int64_t i = begin; i < begin + n; ++i) {
     batch.ids.push_back(i < tokens ? i * 7919 % s.spec().V : 0);
     batch.labels.push_back(i < tokens && (i + 1) % length != 0 ? (i + 1) * 7919 % s.spec().V : data::kNoLabel);

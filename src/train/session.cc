@@ -57,7 +57,7 @@ Session::Session(const Job& job, comm::World& world)
   const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus, -machine_.disk_bytes, machine_.local_ranks});
   machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6], machine_.disk_bytes = -least[7], machine_.local_ranks = least[8];
   std::optional<plan::DataFacts> data;
-  if (!job.rehearse) data = plan::DataFacts{.tokens_path = job.tokens_path};
+  if (!job.rehearse) data = plan::DataFacts{.tokens_path = job.tokens_path, .eval_tokens_path = job.eval_tokens_path};
   plan_ = plan::make(recipe_, spec, machine_, world_.size(), data);
   if (!plan_.fits) throw WillNotFit(plan_.why_not);
   agree();
@@ -65,7 +65,6 @@ Session::Session(const Job& job, comm::World& world)
   mesh_ = plan_.mesh;
   mesh_.rank = world_.rank();
   model_ = std::make_unique<step::Model>(std::move(spec));
-  if (data) tokens_.emplace(job.tokens_path);
   std::vector<int64_t> peers;
   for (int64_t p = 0; p < mesh_.P; ++p) peers.push_back(mesh_.replica() * mesh_.P + p);
   sequence_ = world_.subgroup(peers, fmt::format("sequence {}", mesh_.replica()));
@@ -79,8 +78,9 @@ Session::Session(const Job& job, comm::World& world)
     for (size_t t = 0; t < largest.arena_bytes.size(); ++t) largest.arena_bytes[t] = std::max(largest.arena_bytes[t], places.arena_bytes[t]);
   };
   enlarge(price.step_places);
-  enlarge(program_for(plan_.planned_length, false).places);
-  if (options.defers_updates()) enlarge(program_for(plan_.planned_length, true).places), enlarge(update_program().places);
+  enlarge(program_for(plan_.planned_length, Phase::kStep).places);
+  if (options.defers_updates()) enlarge(program_for(plan_.planned_length, Phase::kStepAfterUpdate).places), enlarge(update_program().places);
+  if (plan_.eval) enlarge(program_for(plan_.planned_length, Phase::kEvaluation).places);
   engine_->reserve_step(largest);
   states_ = step::make_states(*engine_, model_->units, options);
   if (job.rehearse) empty_states();
@@ -186,23 +186,43 @@ void Session::make_engine(const Job& job, int64_t local_rank) {
   engine_ = engine::make_cuda_engine(launch::program_folder(), world_.all(), *sequence_, options);
 }
 
-const Session::Program& Session::program_for(int64_t S, bool update) {
-  const auto found = programs_.find({S, update});
+const Session::Program& Session::program_for(int64_t S, Phase phase) {
+  const auto found = programs_.find({S, phase});
   if (found != programs_.end()) return found->second;
   Program program;
   program.options = plan::options_for(plan_, mesh_.rank, S);
-  program.places = plan::price_micro_step(*model_, program.options, {.update = update}).step_places;
-  return programs_.emplace(std::pair(S, update), std::move(program)).first->second;
+  program.places = (phase == Phase::kEvaluation ? plan::price_evaluation(*model_, program.options) : plan::price_micro_step(*model_, program.options, {.update = phase == Phase::kStepAfterUpdate})).step_places;
+  return programs_.emplace(std::pair(S, phase), std::move(program)).first->second;
 }
 
-void Session::micro_step(data::Batch batch, double scale, bool last) {
-  const Program& program = program_for(batch.S, update_pending_);
+void Session::load(const Program& program, data::Batch batch, double scale) {
   const models::RopeTable rope = models::rope_table(spec(), batch.longest_document);
   engine::BatchData data{.ids = std::move(batch.ids), .labels = std::move(batch.labels), .positions = std::move(batch.positions), .scale = scale, .inverse_frequencies = rope.inverse_frequencies, .rope_factor = rope.attention_factor, .padding_token = spec().padding_token};
   data.document_starts = program.options.exchange ? std::move(batch.document_starts) : data::starts_within_shard(batch.document_starts, batch.S, mesh_.P, mesh_.p());
   engine_->begin_step(program.places, std::move(data), ops::document_table_bytes(program.options.attention, program.options.S()));
+}
+
+void Session::micro_step(data::Batch batch, double scale, bool last) {
+  const Program& program = program_for(batch.S, update_pending_ ? Phase::kStepAfterUpdate : Phase::kStep);
+  load(program, std::move(batch), scale);
   step::micro_step(*engine_, *model_, program.options, states_, {.first = first_micro_, .last = last, .update = update_pending_});
   first_micro_ = update_pending_ = false;
+}
+
+void Session::begin_evaluation() {
+  flush();
+  step::begin(*engine_, states_);
+}
+
+void Session::evaluate(data::Batch batch, double scale) {
+  const Program& program = program_for(batch.S, Phase::kEvaluation);
+  load(program, std::move(batch), scale);
+  step::evaluate(*engine_, *model_, program.options, states_);
+}
+
+double Session::finish_evaluation() {
+  step::finish_evaluation(*engine_, plan_.options, states_);
+  return loss();
 }
 
 void Session::finish_gradients() { step::finish_gradients(*engine_, plan_.options, states_); }

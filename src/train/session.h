@@ -8,7 +8,6 @@
 #include "checkpoint/state.h"
 #include "comm/world.h"
 #include "data/batch.h"
-#include "data/token_file.h"
 #include "engine/make.h"
 #include "plan/plan.h"
 #include "recipe/recipe.h"
@@ -36,6 +35,12 @@ class Session {
   // Makes the update that is still to be made: before weights are read.
   void flush();
 
+  // Forward of one micro-batch alone, of those that follow begin_evaluation(). `scale` of the loss.
+  void begin_evaluation();
+  void evaluate(data::Batch batch, double scale);
+  // The sum of their losses over all ranks.
+  double finish_evaluation();
+
   double loss() { return engine_->scalar(states_.loss_total); }
   double squared_norm() { return engine_->scalar(states_.norm_total); }
   // The unit whose gradient is not finite and that backward reached first, over all ranks; empty if there is none.
@@ -49,7 +54,6 @@ class Session {
   const plan::Plan& plan() const { return plan_; }
   const step::Mesh& mesh() const { return mesh_; }
   const std::string& tokenizer_folder() const { return tokenizer_folder_; }
-  const data::TokenFile& tokens() const { return *tokens_; }
   engine::Engine& engine() { return *engine_; }
   const step::Model& model() const { return *model_; }
   const step::States& states() const { return states_; }
@@ -68,7 +72,9 @@ class Session {
     step::Options options;
     ops::Places places;
   };
-  const Program& program_for(int64_t S, bool update);
+  enum class Phase { kStep, kStepAfterUpdate, kEvaluation };
+  const Program& program_for(int64_t S, Phase phase);
+  void load(const Program& program, data::Batch batch, double scale);
   const Program& update_program();
   void agree();
   void load_weights();
@@ -80,7 +86,6 @@ class Session {
   comm::World& world_;
   recipe::Recipe recipe_;
   std::string tokenizer_folder_;
-  std::optional<data::TokenFile> tokens_;
   std::unique_ptr<step::Model> model_;
   plan::Plan plan_;
   step::Mesh mesh_;
@@ -90,7 +95,7 @@ class Session {
   plan::Machine machine_;
   bool first_micro_ = true;     // the next micro-batch is its step's first
   bool update_pending_ = false;
-  std::map<std::pair<int64_t, bool>, Program> programs_;  // by padded length, and whether updates are made in it
+  std::map<std::pair<int64_t, Phase>, Program> programs_;  // by padded length
   std::optional<Program> update_program_;
 };
 

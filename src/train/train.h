@@ -17,6 +17,7 @@ struct Job {
   std::string model_folder;   // where config.json and the weights lie
   std::string tokenizer_folder;  // what is saved beside the weights; empty: the model's
   std::string tokens_path;    // what `prepare` has written; empty where it rehearses
+  std::string eval_tokens_path;  // the same of data.eval_sources; empty without
   std::string dump_folder;    // if not empty: step_N.safetensors there holds the loss and every gradient of step N
   bool cuda = false;
   uint64_t delays = 0;        // for tests: engine::CpuOptions::delays

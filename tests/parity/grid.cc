@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <exception>
 #include <filesystem>
@@ -39,8 +40,11 @@ void write_tokens(const fs::path& path, const Training& run) {
   for (size_t d = 0; d < run.lengths.size(); ++d) {
     for (int64_t i = 0; i < run.lengths[d]; ++i) {
       state = state * 1664525u + 1013904223u;
-      ids.push_back(static_cast<int32_t>((state >> 8) % static_cast<uint32_t>(run.shape.V)));
-      trained.push_back(d % 4 == 1 ? 0 : d % 4 == 0 ? (i * 10 > run.lengths[d] * 9) : (state >> 28) % 2);
+      const int64_t token = static_cast<int64_t>(ids.size());
+      ids.push_back(run.distinct ? static_cast<int32_t>(token + 1) : static_cast<int32_t>((state >> 8) % static_cast<uint32_t>(run.shape.V)));
+      if (token == run.changed) ids.back() = static_cast<int32_t>(run.shape.V) - 1;
+      const auto& only = run.trained_documents;
+      trained.push_back(!only.empty() ? std::count(only.begin(), only.end(), static_cast<int64_t>(d)) > 0 : d % 4 == 1 ? 0 : d % 4 == 0 ? (i * 10 > run.lengths[d] * 9) : (state >> 28) % 2);
     }
     starts.push_back(static_cast<int64_t>(ids.size()));
   }
@@ -57,8 +61,8 @@ void write_recipe(const fs::path& path, const fs::path& folder, const Training& 
   std::ofstream(path) << fmt::format(
       "type: sft\nmodel:\n  name_or_path: {0}/model\n  dtype: {1}\n  init: random\ndata:\n  sources: [{0}/none.jsonl]\n  max_length: 128\n  div_length: {7}\n"
       "optimizer:\n  learning_rate: 1.0e-3\nscheduler:\n  warmup_ratio: 0.0\ndeepspeed:\n  zero_optimization:\n    stage: 3\n  seq_parallel_communication_data_type: {8}\n"
-      "sequence_parallel_size: {2}\ngradient_accumulation_steps: {3}\nmicro_batch_size: {4}\ntrain_log_iter_interval: 0\nexit_iteration: {5}\nkill_switch_path: /nonexistent/stop\n{6}",
-      folder.string(), run.dtype, run.P, run.accumulation, run.micro_batch, run.steps, run.extra, run.div_length, run.wire);
+      "sequence_parallel_size: {2}\ngradient_accumulation_steps: {3}\nmicro_batch_size: {4}\ntrain_log_iter_interval: {9}\ntrain_log_metrics_path: {0}/metrics.jsonl\nexit_iteration: {5}\nkill_switch_path: /nonexistent/stop\n{6}",
+      folder.string(), run.dtype, run.P, run.accumulation, run.micro_batch, run.steps, run.extra, run.div_length, run.wire, run.evaluates ? 1 : 0);
 }
 
 }  // namespace
@@ -70,7 +74,12 @@ Result train(const Training& run) {
   write_model(folder / "model", run.shape);
   write_tokens(folder / "tokens.safetensors", run);
   write_recipe(folder / "run.yml", folder, run);
-  const train::Job job{.recipe_path = folder / "run.yml", .overrides = {}, .model_folder = folder / "model", .tokenizer_folder = "", .tokens_path = folder / "tokens.safetensors", .dump_folder = folder / "dump"};
+  train::Job job{.recipe_path = folder / "run.yml", .overrides = run.overrides, .model_folder = folder / "model", .tokenizer_folder = "", .tokens_path = folder / "tokens.safetensors", .dump_folder = folder / "dump"};
+  if (run.evaluates && std::none_of(run.overrides.begin(), run.overrides.end(), [](const std::string& o) { return o.starts_with("data.train_eval_split"); })) {
+    job.overrides.push_back("data.eval_sources=[none.jsonl]");
+    job.eval_tokens_path = job.tokens_path;
+  }
+  if (run.evaluates) job.overrides.push_back("eval_interval=1");
   std::vector<comm::World> worlds = comm::World::threads(run.W, std::chrono::seconds(60));
   std::vector<std::thread> ranks;
   std::vector<std::exception_ptr> failures(static_cast<size_t>(run.W));
@@ -95,6 +104,11 @@ Result train(const Training& run) {
       const float* data = reinterpret_cast<const float*>(t.data);
       gradients[name] = std::vector<float>(data, data + t.elements());
     }
+  }
+  if (run.evaluates) {
+    std::ifstream metrics(folder / "metrics.jsonl");
+    for (std::string line; std::getline(metrics, line);)
+      if (const Json row = Json::parse(line); row.contains("eval_loss")) result.eval_losses.push_back(row["eval_loss"].get<double>());
   }
   fs::remove_all(folder);
   return result;

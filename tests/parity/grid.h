@@ -19,11 +19,17 @@ struct Training {
   int64_t W = 1, P = 1, accumulation = 1, micro_batch = 1, steps = 2, div_length = 1;
   std::vector<int64_t> lengths = {37, 5, 64, 1, 50, 23, 41, 16};
   std::string extra;      // more lines of the recipe
+  std::vector<std::string> overrides;
+  bool distinct = false;  // every token of the file has an id of its own, from 1 on
+  int64_t changed = -1;   // a token of the file that has another id
+  std::vector<int64_t> trained_documents;  // all tokens of these alone are trained; none: a pattern
+  bool evaluates = false; // on the same documents, after every step
   std::string dtype = "fp32", wire = "fp32";  // of the model; of gradients between ranks
 };
 
 struct Result {
   std::vector<double> losses;                                      // a step
+  std::vector<double> eval_losses;                                 // an evaluation
   std::vector<std::map<std::string, std::vector<float>>> gradients;  // a step, by name
 };
 

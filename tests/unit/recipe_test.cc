@@ -346,15 +346,31 @@ TEST(Recipe, WhatComesLaterIsListed) {
     ASSERT_EQ(r.later.size(), 1U) << line;
     EXPECT_EQ(r.later[0].key, key);
   }
-  for (const char* key : {"pack_samples", "always_max_length", "drop_last", "repeat_to_pack_max_length"}) {
-    EXPECT_EQ(load_text(kBase, {fmt::format("data.{}=true", key)}).later.at(0).key, fmt::format("data.{}", key));
-    EXPECT_TRUE(load_text(kBase, {fmt::format("data.{}=false", key)}).later.empty());
-  }
-  EXPECT_EQ(load_text(kBase, {"data.fuse_positions_prob=0.5"}).later.size(), 1U);
-  EXPECT_EQ(load_text(kBase, {"data.eval_sources=[e]", "eval_interval=5"}).later.size(), 2U);
-  EXPECT_EQ(load_text(kBase, {"data.train_eval_split=[0.9, 0.1]", "eval_interval=5"}).later.size(), 2U);
-  EXPECT_EQ(load_text(kBase, {"type=causal"}).later.size(), 1U);
   EXPECT_TRUE(load_text(kBase, {"checkpoint={output_dir: o, save_every_n_steps: 5, enabled: false}"}).later.empty());
+}
+
+TEST(Recipe, PackingIsAskedForWholeOrSaidToHaveNoEffect) {
+  for (const char* key : {"always_max_length=true", "drop_last=true", "repeat_to_pack_max_length=true", "fuse_positions_prob=0.5", "pack_strategy=best_fit"}) {
+    const std::string assignment = fmt::format("data.{}", key);
+    const Recipe alone = load_text(kBase, {assignment}), packed = load_text(kBase, {assignment, "data.pack_samples=true"});
+    ASSERT_EQ(alone.notes.size(), 1U) << key;
+    EXPECT_EQ(alone.notes[0].text, "no effect: data.pack_samples is false");
+    EXPECT_TRUE(packed.notes.empty()) << key;
+    EXPECT_TRUE(packed.later.empty());
+  }
+  EXPECT_EQ(load_text(kBase, {"data.pack_samples=true", "data.pack_strategy=best_fit"}).data.pack_strategy, PackStrategy::kBestFit);
+  EXPECT_EQ(load_text(kBase).data.overlong, Overlong::kDrop);
+  EXPECT_EQ(load_text(kBase, {"data.filter_samples=false"}).data.overlong, Overlong::kKeep);
+  EXPECT_EQ(load_text(kBase, {"data.overlong=split"}).data.overlong, Overlong::kSplit);
+  EXPECT_EQ(load_text(kBase, {"data.overlong=truncate_left"}).data.overlong, Overlong::kTruncateLeft);
+  EXPECT_EQ(load_text(kBase, {"data.overlong=truncate_right"}).data.overlong, Overlong::kTruncateRight);
+  EXPECT_EQ(load_text(kBase, {"data.train_eval_split=[0.75, 0.25]", "eval_interval=5"}).data.eval_share, 0.25);
+  const Recipe causal = load_text(kBase, {"type=causal", "data.drop_last=false", "micro_batch_size=2"});
+  EXPECT_TRUE(causal.data.pack_samples && causal.data.always_max_length && causal.data.drop_last);
+  EXPECT_EQ(causal.data.overlong, Overlong::kSplit);
+  ASSERT_EQ(causal.notes.size(), 1U);
+  EXPECT_EQ(causal.notes[0].key, "data.drop_last");
+  EXPECT_TRUE(causal.later.empty());
 }
 
 TEST(Recipe, RefusalsSayWhatToDo) {
@@ -378,6 +394,9 @@ TEST(Recipe, RefusalsSayWhatToDo) {
 TEST(Recipe, KeysMustFitTogether) {
   const std::vector<std::pair<std::vector<std::string>, std::string>> table = {
       {{"data.pack_samples=true", "micro_batch_size=2"}, "command line: micro_batch_size: expected 1 with data.pack_samples, found 2"},
+      {{"data.overlong=split", "data.filter_samples=true"}, "command line: data.overlong: expected it alone, found data.filter_samples (command line) beside it: remove that"},
+      {{"data.pack_samples=true", "data.always_max_length=true", "data.pack_strategy=best_fit"},
+       "command line: data.pack_strategy: expected in_order with data.always_max_length, found best_fit: packs that are cut to length have nothing to fit"},
       {{"data.train_eval_split=[0.9, 0.2]"}, "command line: data.train_eval_split: expected two shares with sum 1, found [0.9,0.2]"},
       {{"data.eval_sources=[e]"}, "run.yml: eval_interval: expected an integer >= 1 as there is data to evaluate on, found 0"},
       {{"eval_interval=3"}, "command line: eval_interval: expected data.eval_sources or data.train_eval_split to evaluate on, found none"},

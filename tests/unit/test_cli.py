@@ -224,9 +224,9 @@ def test_a_profile_that_cannot_be_written_is_refused(job):
 
 
 def test_what_comes_later_is_planned_but_not_trained(job):
-    assert job.run("plan", "run.yml", "data.pack_samples=true").returncode == 0
-    done = job.run("train", "run.yml", "data.pack_samples=true")
-    assert done.returncode == 2 and "data.pack_samples" in done.err and done.err.endswith("not available yet\n")
+    assert job.run("plan", "run.yml", "mem_profiler=step").returncode == 0
+    done = job.run("train", "run.yml", "mem_profiler=step")
+    assert done.returncode == 2 and "mem_profiler" in done.err and done.err.endswith("not available yet\n")
 
 
 def test_the_exit_code_of_the_python_side_is_passed_on(job):
