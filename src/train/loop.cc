@@ -215,8 +215,9 @@ void say_memory(Session& s, int64_t before, bool cuda) {
     return;
   }
   const int64_t priced = s.plan().price.of(ops::Tier::kDevice).run_bytes, used = s.engine().peak_placed_bytes(), peak = memory::peak_resident_bytes();
-  say("memory: {} at most = {} program and libraries + {} between steps + {} within one ({} priced) + {} that libraries allocated", format_bytes(peak), format_bytes(before), format_bytes(priced),
-      format_bytes(used), format_bytes(s.plan().price.step_places.of(ops::Tier::kDevice)), format_bytes(std::max<int64_t>(0, peak - before - priced - used)));
+  const int64_t away = s.engine().held_bytes()[static_cast<size_t>(ops::Tier::kHost)];
+  say("memory: {} at most = {} program and libraries + {} between steps + {} within one ({} priced){} + {} that libraries allocated", format_bytes(peak), format_bytes(before), format_bytes(priced), format_bytes(used),
+      format_bytes(s.plan().price.step_places.of(ops::Tier::kDevice)), away > 0 ? fmt::format(" + {} of memory.host", format_bytes(away)) : "", format_bytes(std::max<int64_t>(0, peak - before - priced - used - away)));
 }
 
 }  // namespace
