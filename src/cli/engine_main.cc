@@ -97,6 +97,7 @@ int run(int argc, char** argv) {
   job.recipe_path = words[0];
   job.overrides.assign(words.begin() + 1, words.end());
   job.cuda = device == "cuda";
+  if (const char* faults = std::getenv("ULYSSES_DISK_FAULTS")) job.disk_faults = faults;
   if (job.rehearse) return train::rehearse(job);
   ULY_USER_CHECK(!job.tokens_path.empty(), "ulysses-engine: --tokens is required");
   return train::run(job);

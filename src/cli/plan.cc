@@ -76,7 +76,7 @@ Foreign foreign_on(const launch::Gpu& gpu) {
 }
 
 Json facts_of(const plan::Machine& m) {
-  Json facts = {{"cores", m.cores}, {"memory_bytes", m.memory_bytes}, {"gpus", m.gpus}};
+  Json facts = {{"cores", m.cores}, {"memory_bytes", m.memory_bytes}, {"in_control_group", m.in_group}, {"gpus", m.gpus}};
   if (m.cuda)
     facts["gpu"] = {{"words", m.gpu_words},
                     {"name", m.gpu_name},

@@ -17,8 +17,9 @@ Machine this_machine(bool cuda, int64_t gpus) {
   m.cuda = cuda;
   m.gpus = gpus;
   m.cores = std::max<int64_t>(1, sysconf(_SC_NPROCESSORS_ONLN));
-  m.memory_bytes = free_host_bytes();
-  m.words = fmt::format("{} core{}, {} of memory free", m.cores, m.cores == 1 ? "" : "s", format_bytes(m.memory_bytes));
+  const HostMemory memory = host_memory();
+  m.memory_bytes = memory.obtainable_bytes, m.in_group = memory.in_group;
+  m.words = fmt::format("{} core{}, {} of memory free{}", m.cores, m.cores == 1 ? "" : "s", format_bytes(m.memory_bytes), m.in_group ? " in this control group" : "");
   return m;
 }
 

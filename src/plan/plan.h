@@ -25,7 +25,8 @@ struct Machine {
   bool cuda = false;
   int64_t gpus = 0;           // visible
   int64_t cores = 1;
-  int64_t memory_bytes = 0;   // what all local ranks may use together: free memory of the host, or of the control group
+  int64_t memory_bytes = 0;   // what all local ranks may use together: obtainable memory of the host, or of the control group
+  bool in_group = false;      // a control group leaves less than the host has
   int64_t disk_bytes = 0;     // for the scratch files of all local ranks; 0: what scratch_bytes() says here and now
   bool imagined = false;      // nothing of it is here
   std::string words;          // "2 cores, 23.0 GiB of memory free"

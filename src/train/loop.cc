@@ -6,6 +6,7 @@
 #include <cmath>
 #include <filesystem>
 #include <set>
+#include <utility>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -220,6 +221,13 @@ void say_memory(Session& s, int64_t before, bool cuda) {
       format_bytes(s.plan().price.step_places.of(ops::Tier::kDevice)), away > 0 ? fmt::format(" + {} of memory.host", format_bytes(away)) : "", format_bytes(std::max<int64_t>(0, peak - before - priced - used - away)));
 }
 
+// How the plan's tiers turned out on this machine.
+void say_tiers(Session& s) {
+  if (!s.first()) return;
+  const char* subject = "tiers";
+  for (const std::string& words : s.engine().tier_words()) say("{:<10} {}", std::exchange(subject, ""), words);
+}
+
 }  // namespace
 
 int run(const Job& job, comm::World& world) {
@@ -228,8 +236,10 @@ int run(const Job& job, comm::World& world) {
   Session session(job, world);
   if (session.first())
     for (const plan::Line& line : session.plan().lines) say("{:<10} {}", line.subject, line.text);
+  say_tiers(session);
   Loop loop(session, job);
   loop.run();
+  session.engine().finish();
   say_memory(session, before, job.cuda);
   world.all().barrier();
   return static_cast<int>(Exit::kDone);

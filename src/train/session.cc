@@ -158,10 +158,10 @@ void Session::load_range(const step::UnitState& state, int64_t at, std::vector<f
 
 void Session::make_engine(const Job& job, int64_t local_rank) {
   if (!job.cuda) {
-    engine_ = engine::make_cpu_engine(world_.all(), *sequence_, {.disk_folders = recipe_.memory_disk_folders, .delays = job.delays, .rehearsal = job.rehearse});
+    engine_ = engine::make_cpu_engine(world_.all(), *sequence_, {.disk_folders = recipe_.memory_disk_folders, .disk_faults = memory::faults_from(job.disk_faults), .delays = job.delays, .rehearsal = job.rehearse});
     return;
   }
-  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .rehearsal = job.rehearse, .disk_folders = recipe_.memory_disk_folders, .host_threads = static_cast<int>(std::max<int64_t>(1, machine_.cores / plan::ranks_on_machine(machine_, world_.size()))), .advice = {}};
+  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .rehearsal = job.rehearse, .disk_folders = recipe_.memory_disk_folders, .disk_faults = memory::faults_from(job.disk_faults), .host_threads = static_cast<int>(std::max<int64_t>(1, machine_.cores / plan::ranks_on_machine(machine_, world_.size()))), .advice = {}};
   options.advice = [this, local_rank](int64_t bytes) {
     const int64_t longest = plan::longest_that_fits(recipe_, spec(), machine_, world_.size(), bytes + plan_.besides_bytes);
     return others_on_gpu(local_rank) + (longest > 0 ? fmt::format("; the longest that fits is data.max_length={}", longest) : "");
@@ -205,6 +205,7 @@ void Session::flush() {
   engine_->begin_step(program.places, {}, 0);
   step::update(*engine_, *model_, program.options, states_);
   update_pending_ = false;
+  engine_->finish();
 }
 
 const Session::Program& Session::update_program() {

@@ -20,6 +20,7 @@ struct Job {
   std::string dump_folder;    // if not empty: step_N.safetensors there holds the loss and every gradient of step N
   bool cuda = false;
   uint64_t delays = 0;        // for tests: engine::CpuOptions::delays
+  std::string disk_faults;    // for tests: memory::faults_from
   bool rehearse = false;      // one step without data, weights and arithmetic: train/rehearse.h
   bool json = false;          // what a rehearsal says is for programs
   std::string profile;        // if not empty: where rank 0 writes a Chrome trace of the third step, or of the last before

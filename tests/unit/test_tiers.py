@@ -1,70 +1,17 @@
 """Where things lie changes no bit: training with host memory and disk, as the plan uses them for recipe keys, against all in one place."""
 
-import json
-import os
-import pathlib
-import shutil
-import subprocess
-import sys
-
 import pytest
+import tiers
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "cases"))
-
-import fixtures  # noqa: E402
-
-ULYSSES = pathlib.Path(os.environ.get("ULYSSES_BUILD", ROOT / "build")).resolve() / "ulysses"
-RECIPE = """\
-micro_batch_size: 1
-gradient_accumulation_steps: 2
-epochs: 1
-seed: 7
-model: {name_or_path: model, dtype: fp32, init: random}
-data: {sources: [chats.jsonl], max_length: 512, div_length: 16, cache_dir: cache}
-optimizer: {learning_rate: 1.0e-2}
-deepspeed: {gradient_clipping: 0.5}
-checkpoint: {type: huggingface, output_dir: out, save_every_n_steps: 2, save_end_of_training: true}
-train_log_metrics_path: metrics.jsonl
-"""
-# Lengths from one end to the other, so that the program changes from micro-batch to micro-batch; three steps in an epoch of six.
-WORDS = [60, 1, 25, 8, 60, 3]
-NUM_STEPS = 3
-HOST, DISK = ["memory.host=64MiB"], ["memory.disk=scratch"]
-LITTLE_HOST = [[f"memory.host={kib}KiB", *DISK] for kib in (64, 128, 256, 512, 1024)]
+RANKS = [["sequence_parallel_size=1"], ["sequence_parallel_size=2"]]
+TYPES = [["model.dtype=bf16"], ["model.dtype=bf16", "memory.master_weights=split"]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A recipe, a model that begins at random, chats of many lengths."""
     folder = tmp_path_factory.mktemp("tiers")
-    shutil.copytree(fixtures.shared() / "model", folder / "model")
-    (folder / "model" / "model.safetensors").unlink()
-    fixtures.config(folder, "num_hidden_layers=5", "max_position_embeddings=512")
-    fixtures.rows(folder, *({"messages": fixtures.conversation(i, words)} for i, words in enumerate(WORDS)))
-    (folder / "scratch").mkdir()
-    (folder / "run.yml").write_text(RECIPE)
+    tiers.make_job(folder)
     return folder
-
-
-def run(folder, *arguments, verb="train", code=0):
-    command = [str(ULYSSES), verb, "run.yml", "--device", "cpu", *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=fixtures.environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    return done
-
-
-def train(folder, *arguments):
-    """Returns loss and norm of each step, what was saved on the way and at the end, and what was said."""
-    for name in ("out", "metrics.jsonl"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
-    said = run(folder, *arguments).stderr
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    saved = {path.name: (path / "model.safetensors").read_bytes() for path in (folder / "out").iterdir()}
-    assert saved.keys() == {"global_step_2", f"global_step_{NUM_STEPS}"} and len(set(saved.values())) == 2
-    assert sorted(os.listdir(folder / "scratch")) == []
-    return [(step["loss"], step["grad_norm"], step["tokens"]) for step in steps], saved, said
 
 
 @pytest.fixture(scope="module")
@@ -74,67 +21,33 @@ def resident(folder):
 
     def of(*changes):
         if changes not in known:
-            steps, saved, said = train(folder, *changes)
+            steps, weights, said = tiers.train(folder, *changes)
             assert "states " not in said and "on the host" not in said and "rebuilt" not in said
-            assert len({tokens for _, _, tokens in steps}) > 1
-            longest = next(line for line in said.splitlines() if line.startswith("sequence")).split("micro-batch has ")[1].split()[0]
-            known[changes] = steps, saved, int(longest)
+            assert len({tokens for _, _, tokens in steps}) > 1 and len(set(weights.values())) == tiers.NUM_STEPS
+            known[changes] = steps, weights, tiers.longest_micro_batch(said)
         return known[changes]
 
     return of
 
 
-def plan(folder, *arguments):
-    return json.loads(run(folder, "--json", *arguments, verb="plan").stdout)
-
-
-def places(facts, what):
-    return {layer[what] for layer in facts["layers"]}
-
-
-# What the plan is to do, by what it says; and the room beside a device that is too small, of which one way will do.
-WAYS = {
-    "layers on the host": ([HOST], lambda p: "host" in places(p, "input") and p["states"] == "states on the device"),
-    "layers on the disk": ([DISK], lambda p: "disk" in places(p, "output") and p["states"] == "states on the device"),
-    "layers on both": (LITTLE_HOST, lambda p: {"host", "disk"} <= places(p, "input")),
-    "optimizer on the host": ([HOST], lambda p: p["states"].startswith("optimizer on the host")),
-    "optimizer and gradients on the host, updated there": ([HOST], lambda p: p["states"].startswith("optimizer and gradients on the host, updated there")),
-    "weights on the host": ([HOST], lambda p: "weights on the host" in p["states"]),
-    "optimizer on the disk": ([DISK], lambda p: p["states"].startswith("optimizer on the disk")),
-    "optimizer on the disk, gradients on the host": (LITTLE_HOST, lambda p: p["disk_bytes"] > 0 and p["host_bytes"] > 0 and "gradients" in p["states"]),
-    "rebuilt": ([[]], lambda p: "rebuilt" in places(p, "input")),
-}
-RANKS = [["sequence_parallel_size=1"], ["sequence_parallel_size=2"]]
-TYPES = [[], ["model.dtype=bf16"], ["model.dtype=bf16", "memory.master_weights=split"]]
-
-
-def room_for(folder, changes, longest, way):
-    """The most room on the device with which the plan does so, and what else is to be said on the command line."""
-    beside, does = WAYS[way]
-    here = [*changes, f"data.max_length={longest}"]
-    total = plan(folder, *here)["bytes"]["total"]
-    for percent in range(125, 20, -3):
-        for other in beside:
-            room = [*other, f"memory.device={total * percent // 100}"]
-            found = plan(folder, *here, *room)
-            if found["fits"] and does(found):
-                return room
-    raise AssertionError(f"no plan has {way}")
-
-
 @pytest.mark.parametrize("ranks", RANKS, ids=["1", "2"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", tiers.WAYS)
 def test_every_tier_gives_the_bits_of_all_in_one_place(folder, resident, way, ranks):
-    steps, saved, longest = resident(*ranks)
-    found, weights, said = train(folder, *ranks, *room_for(folder, ranks, longest, way))
-    assert found == steps
-    assert weights == saved
-    assert "all else too" not in said
+    steps, weights, longest = resident(*ranks)
+    assert tiers.train(folder, *ranks, *tiers.room_for(folder, ranks, longest, way))[:2] == (steps, weights)
 
 
-@pytest.mark.parametrize("kind", TYPES[1:], ids=["bf16", "split"])
+@pytest.mark.parametrize("kind", TYPES, ids=["bf16", "split"])
 @pytest.mark.parametrize("way", ["layers on both", "optimizer and gradients on the host, updated there", "optimizer on the disk"])
 def test_so_do_weights_of_two_bytes(folder, resident, way, kind):
     changes = [*RANKS[1], *kind]
-    steps, saved, longest = resident(*changes)
-    assert train(folder, *changes, *room_for(folder, changes, longest, way))[:2] == (steps, saved)
+    steps, weights, longest = resident(*changes)
+    assert tiers.train(folder, *changes, *tiers.room_for(folder, changes, longest, way))[:2] == (steps, weights)
+
+
+def test_updates_that_wait_are_made_before_saving_at_the_end_only(folder, resident):
+    """Without saves on the way every update runs under the next step's forward, but for the last."""
+    steps, weights, longest = resident(*RANKS[1])
+    tiers.clear(folder)
+    tiers.run(folder, *RANKS[1], *tiers.room_for(folder, RANKS[1], longest, "optimizer on the disk"), "checkpoint.save_every_n_steps=0")
+    assert tiers.saved(folder) == {f"global_step_{tiers.NUM_STEPS}": weights[f"global_step_{tiers.NUM_STEPS}"]}
