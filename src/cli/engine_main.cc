@@ -15,6 +15,7 @@
 
 #include "base/check.h"
 #include "cli/verbs.h"
+#include "train/measure.h"
 #include "train/rehearse.h"
 #include "train/train.h"
 
@@ -87,12 +88,23 @@ int run(int argc, char** argv) {
   train->add_option("--dump", job.dump_folder, "folder for the loss and gradients of each step");
   train->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
   train->add_option("--profile", job.profile, "file for a Chrome trace of the third step");
+  train->add_option("--rates", job.rates_path, "rates that were measured on this machine");
+  CLI::App* measure = app.add_subcommand("measure", "How fast this machine is, as JSON");
+  train::Measure what;
+  measure->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  measure->add_option("--disk", what.folders, "folders on disks to be measured");
+  measure->add_option("--attention", what.attention, "on a GPU: cudnn or flash");
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {
     return app.exit(e);
   } catch (const CLI::ParseError& e) {
     user_error("ulysses-engine: {}", e.what());
+  }
+  if (measure->parsed()) {
+    what.cuda = device == "cuda";
+    fmt::print("{}\n", train::measure(what).dump());
+    return 0;
   }
   job.recipe_path = words[0];
   job.overrides.assign(words.begin() + 1, words.end());

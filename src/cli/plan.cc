@@ -154,6 +154,7 @@ std::string device_words(const Ranks& ranks) {
 plan::Machine machine_of(const Ranks& ranks) {
   plan::Machine m = plan::this_machine(ranks.cuda, ranks.gpus.visible);
   const int64_t local = local_world(ranks), used = num_used(ranks.gpus, local);
+  if (!ranks.cuda) plan::use_rates(m, plan::read_rates_file(launch::rates_path()), launch::rates_path());
   if (!ranks.cuda || used == 0) return m;
   if (ranks.gpus.shared) m.gpu_ranks = (local + used - 1) / used;
   m.gpu_words = words_of(ranks.gpus.list, used);
@@ -165,6 +166,7 @@ plan::Machine machine_of(const Ranks& ranks) {
   const Foreign foreign = foreign_on(plan::use_gpus(m, mine));
   m.gpu_foreign_bytes = foreign.bytes;
   m.gpu_foreign_pid = foreign.pid;
+  plan::use_rates(m, plan::read_rates_file(launch::rates_path()), launch::rates_path());
   return m;
 }
 

@@ -30,6 +30,8 @@ struct Options {
   WhatIf what_if;
   bool explain = false;      // plan: what else was considered
   std::vector<std::string> compare;  // plan: KEY=V1,V2,...
+  bool measure = false;      // doctor
+  std::vector<std::string> disks;  // doctor --measure: folders
   int master_port = 0;       // 0: a free one
   std::string dump_folder;   // passed on to the engine
   std::string profile_path;  // passed on to the engine

@@ -55,6 +55,10 @@ Session::Session(const Job& job, comm::World& world)
   // Every rank plans with the least that any has; nobody's GPU is in use before all have looked.
   const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus, -machine_.disk_bytes});
   machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6], machine_.disk_bytes = -least[7];
+  // What rank 0 has measured holds for all: the plan depends on it.
+  if (!job.rates_path.empty()) plan::use_rates(machine_, plan::read_rates_file(job.rates_path), job.rates_path);
+  if (const std::string rates = world_.all().exchange(machine_.measured ? plan::to_json(*machine_.measured).dump() : "")[0]; rates.empty()) machine_.measured.reset();
+  else machine_.measured = plan::measured_from(Json::parse(rates));
   std::optional<plan::DataFacts> data;
   if (!job.rehearse) data = plan::DataFacts{.tokens_path = job.tokens_path};
   plan_ = plan::make(recipe_, spec, machine_, world_.size(), data);

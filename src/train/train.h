@@ -18,6 +18,7 @@ struct Job {
   std::string tokenizer_folder;  // what is saved beside the weights; empty: the model's
   std::string tokens_path;    // what `prepare` has written; empty where it rehearses
   std::string dump_folder;    // if not empty: step_N.safetensors there holds the loss and every gradient of step N
+  std::string rates_path;     // what was measured on rank 0's machine; empty: nothing
   bool cuda = false;
   uint64_t delays = 0;        // for tests: engine::CpuOptions::delays
   std::string disk_faults;    // for tests: memory::faults_from
