@@ -29,6 +29,7 @@ struct Files {
 };
 constexpr Files kFirst = {"/memory.limit_in_bytes", "/memory.usage_in_bytes", {"total_inactive_file", "total_active_file"}};
 constexpr Files kSecond = {"/memory.max", "/memory.current", {"inactive_file", "active_file"}};
+constexpr Files kThrottled = {"/memory.high", "/memory.current", {"inactive_file", "active_file"}};  // above it a group is slowed down to a crawl
 
 int64_t file_cache_bytes(const std::string& folder, const Files& files) {
   std::ifstream file(folder + "/memory.stat");
@@ -71,7 +72,7 @@ HostMemory host_memory(const std::string& root) {
     if (controllers == ",,") second = line.substr(b + 1);
     if (controllers.find(",memory,") != std::string::npos) first = line.substr(b + 1);
   }
-  apply_limits(m, root + "/sys/fs/cgroup", second, kSecond);
+  for (const Files& files : {kSecond, kThrottled}) apply_limits(m, root + "/sys/fs/cgroup", second, files);
   apply_limits(m, root + "/sys/fs/cgroup/memory", first, kFirst);
   return m;
 }

@@ -15,6 +15,4 @@ struct HostMemory {
 // `root` lies before /proc and /sys: "" but in tests.
 HostMemory host_memory(const std::string& root = "");
 
-inline int64_t free_host_bytes() { return host_memory().free_bytes; }
-
 }  // namespace uly

@@ -15,6 +15,7 @@
 
 #include "base/check.h"
 #include "cli/verbs.h"
+#include "train/measure.h"
 #include "train/rehearse.h"
 #include "train/train.h"
 
@@ -89,6 +90,12 @@ int run(int argc, char** argv) {
   train->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
   train->add_flag("--restart-data", job.restart_data, "go on from a state with the data from its beginning");
   train->add_option("--profile", job.profile, "file for a Chrome trace of the third step");
+  train->add_option("--rates", job.rates_path, "rates that were measured on this machine");
+  CLI::App* measure = app.add_subcommand("measure", "How fast this machine is, as JSON");
+  train::Measure what;
+  measure->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  measure->add_option("--disk", what.folders, "folders on disks to be measured");
+  measure->add_option("--attention", what.attention, "on a GPU: cudnn or flash");
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {
@@ -96,9 +103,15 @@ int run(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     user_error("ulysses-engine: {}", e.what());
   }
+  if (measure->parsed()) {
+    what.cuda = device == "cuda";
+    fmt::print("{}\n", train::measure(what).dump());
+    return 0;
+  }
   job.recipe_path = words[0];
   job.overrides.assign(words.begin() + 1, words.end());
   job.cuda = device == "cuda";
+  if (const char* faults = std::getenv("ULYSSES_DISK_FAULTS")) job.disk_faults = faults;
   if (job.rehearse) return train::rehearse(job);
   ULY_USER_CHECK(!job.tokens_path.empty(), "ulysses-engine: --tokens is required");
   return train::run(job);

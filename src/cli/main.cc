@@ -89,6 +89,7 @@ std::string help() {
       "                        plan: for a machine that one does not have\n"
       "  --explain             plan: what else was considered, and why it was not chosen\n"
       "  --compare KEY=V1,V2   plan: a table, a row for each value; with several, for each combination\n"
+      "  --measure [--disk FOLDER ...]   doctor: measure this machine, for the seconds in plans; under a minute\n"
       "  --json                plan, rehearse, prepare, doctor: for programs\n"
       "  --version, --help\n"
       "\nExamples\n"
@@ -131,6 +132,10 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     app.add_option("--disk", what.disk, "of each machine, for scratch files");
     app.add_flag("--explain", options.explain, "what else was considered");
     app.add_option("--compare", options.compare, "KEY=V1,V2,...: a row for each value, or for each combination of several keys'")->allow_extra_args(false);
+  }
+  if (std::string_view(verb.name) == "doctor") {
+    CLI::Option* measure = app.add_flag("--measure", options.measure, "measure how fast this machine is, for plans");
+    app.add_option("--disk", options.disks, "a folder on a disk to be measured too")->allow_extra_args(false)->needs(measure);
   }
   app.add_option("--profile", options.profile_path, "write a Chrome trace of the last of the first three steps");
   app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests

@@ -74,7 +74,7 @@ Foreign foreign_on(const launch::Gpu& gpu) {
 }
 
 Json facts_of(const plan::Machine& m) {
-  Json facts = {{"cores", m.cores}, {"memory_bytes", m.memory_bytes}, {"gpus", m.gpus}};
+  Json facts = {{"cores", m.cores}, {"memory_bytes", m.memory_bytes}, {"in_control_group", m.in_group}, {"gpus", m.gpus}};
   if (m.cuda)
     facts["gpu"] = {{"words", m.gpu_words},
                     {"name", m.gpu_name},
@@ -156,6 +156,7 @@ plan::Machine machine_of(const Ranks& ranks) {
   plan::Machine m = plan::this_machine(ranks.cuda, ranks.gpus.visible);
   m.local_ranks = ranks.here();
   const int64_t local = ranks.here(), used = num_used(ranks.gpus, local);
+  if (!ranks.cuda) plan::use_rates(m, plan::read_rates_file(launch::rates_path()), launch::rates_path());
   if (!ranks.cuda || used == 0) return m;
   if (ranks.gpus.shared) m.gpu_ranks = (local + used - 1) / used;
   m.gpu_words = words_of(ranks.gpus.list, used);
@@ -167,6 +168,7 @@ plan::Machine machine_of(const Ranks& ranks) {
   const Foreign foreign = foreign_on(plan::use_gpus(m, mine));
   m.gpu_foreign_bytes = foreign.bytes;
   m.gpu_foreign_pid = foreign.pid;
+  plan::use_rates(m, plan::read_rates_file(launch::rates_path()), launch::rates_path());
   return m;
 }
 

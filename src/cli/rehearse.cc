@@ -20,6 +20,7 @@ int rehearse(const Options& options) {
   if (!plan.fits) throw WillNotFit(plan.why_not);
 
   command.push_back(model_place(spec));
+  if (machine.measured) command.insert(command.end(), {"--rates", launch::rates_path()});
   if (options.json) command.push_back("--json");
   command.insert(command.end(), options.overrides.begin(), options.overrides.end());
   return run_ranks(options, ranks, machine, command);

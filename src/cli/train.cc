@@ -42,9 +42,10 @@ void check_model(const recipe::Recipe& recipe, const models::Spec& spec) {
   }
 }
 
-std::vector<std::string> engine_command(const Options& options, bool cuda, const models::Spec& spec, const std::string& tokenizer, const plan::DataFacts& facts) {
+std::vector<std::string> engine_command(const Options& options, bool cuda, const plan::Machine& machine, const models::Spec& spec, const std::string& tokenizer, const plan::DataFacts& facts) {
   std::vector<std::string> command = {engine_program(), "train", options.recipe, "--model", model_place(spec), "--tokens", facts.tokens_path, "--device", cuda ? "cuda" : "cpu"};
   if (!facts.eval_tokens_path.empty()) command.insert(command.end(), {"--eval-tokens", facts.eval_tokens_path});
+  if (machine.measured) command.insert(command.end(), {"--rates", launch::rates_path()});
   if (!tokenizer.empty()) command.insert(command.end(), {"--tokenizer", tokenizer});
   if (!options.dump_folder.empty()) command.insert(command.end(), {"--dump", options.dump_folder});
   if (options.restart_data) command.push_back("--restart-data");
@@ -110,7 +111,7 @@ int train(const Options& options) {
   const plan::Plan plan = plan::make(recipe, spec, machine, ranks.world, facts);
   if (!plan.fits) throw WillNotFit(plan.why_not);
 
-  return run_ranks(options, ranks, machine, engine_command(options, ranks.cuda, spec, tokenizer_folder(recipe), facts));
+  return run_ranks(options, ranks, machine, engine_command(options, ranks.cuda, machine, spec, tokenizer_folder(recipe), facts));
 }
 
 }  // namespace uly::cli

@@ -2,14 +2,22 @@
 
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <ctime>
+#include <filesystem>
+#include <fstream>
+#include <span>
 
 #include "base/check.h"
 #include "base/json.h"
+#include "base/log.h"
 #include "base/units.h"
 #include "cli/job.h"
 #include "launch/environment.h"
 #include "launch/python.h"
+#include "plan/measured.h"
 #include "plan/plan.h"
 #include "recipe/recipe.h"
 
@@ -54,7 +62,72 @@ int docs(const Options&) {
   return 0;
 }
 
+namespace {
+
+std::string today() {
+  const std::time_t now = std::time(nullptr);
+  std::tm parts{};
+  gmtime_r(&now, &parts);
+  return fmt::format("{:04}-{:02}-{:02}", parts.tm_year + 1900, parts.tm_mon + 1, parts.tm_mday);
+}
+
+// Whole or not at all: a plan may read it meanwhile.
+void write_rates(const std::string& path, const std::string& text) {
+  std::error_code error;
+  std::filesystem::create_directories(std::filesystem::absolute(path).parent_path(), error);
+  const std::string unfinished = fmt::format("{}.{}", path, ::getpid());
+  std::ofstream file(unfinished, std::ios::binary);
+  file << text;
+  file.close();
+  if (file) std::filesystem::rename(unfinished, path, error);
+  const int why = errno;
+  if (file && !error) return;
+  std::error_code ignored;
+  std::filesystem::remove(unfinished, ignored);
+  user_error("{}: rates cannot be written: {}: name another file with ULYSSES_RATES", path, error ? error.message() : std::strerror(why));
+}
+
+// Has the engine measure, and keeps what it found beside what was known of the other kind of device.
+int measure(const Options& options) {
+  const launch::Gpus gpus = launch::ask_gpus();
+  const std::optional<Obstacle> obstacle = find_obstacle(gpus, 1, options.device.has_value());
+  ULY_USER_CHECK(!options.device || *options.device == "cpu" || *options.device == "cuda", "--device: expected cpu or cuda, found '{}'", *options.device);
+  if (options.device == "cuda" && obstacle) throw UserError(obstacle->sentence());
+  plan::Machine machine = plan::this_machine(options.device ? *options.device == "cuda" : !obstacle, gpus.visible);
+  if (machine.cuda && !gpus.list.empty()) plan::use_gpus(machine, std::span(gpus.list.begin(), 1));
+  const std::string path = launch::rates_path();
+  plan::RatesFile file;
+  if (const auto text = plan::read_rates_file(path)) {
+    try {
+      file = plan::rates_file_from(*text, path);
+    } catch (const UserError&) {  // it is about to be replaced
+    }
+  }
+  std::vector<std::string> command = {engine_program(), "measure", "--device", machine.cuda ? "cuda" : "cpu"};
+  if (machine.cuda && machine.gpu_major > 0 && machine.gpu_major < 9) command.insert(command.end(), {"--attention", "flash"});
+  for (const std::string& folder : options.disks) {
+    std::error_code error;
+    ULY_USER_CHECK(std::filesystem::is_directory(folder, error), "--disk: there is no folder {}", folder);
+    command.insert(command.end(), {"--disk", std::filesystem::canonical(folder).string()});
+  }
+  const launch::Output output = launch::run_and_capture(command);
+  if (output.exit_code != 0) return output.exit_code;
+  Json json = Json::parse(output.text);
+  json["processor"] = machine.cuda ? machine.gpu_name : machine.processor, json["cores"] = machine.cores, json["date"] = today();
+  plan::Measured found = plan::measured_from(json);
+  std::optional<plan::Measured>& known = machine.cuda ? file.cuda : file.cpu;
+  if (known && known->processor == found.processor) found.disks.merge(known->disks);
+  known = std::move(found);
+  write_rates(path, plan::text_of(file));
+  if (options.json) fmt::print("{}\n", plan::to_json(*known).dump(2));
+  else say("rates      {}: plans for this machine use them", path);
+  return 0;
+}
+
+}  // namespace
+
 int doctor(const Options& options) {
+  if (options.measure) return measure(options);
   const launch::Gpus gpus = launch::ask_gpus();
   const plan::Machine machine = plan::this_machine(false, gpus.visible);
   const std::optional<Obstacle> obstacle = find_obstacle(gpus, 1, false);

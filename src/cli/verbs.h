@@ -32,6 +32,8 @@ struct Options {
   WhatIf what_if;
   bool explain = false;      // plan: what else was considered
   std::vector<std::string> compare;  // plan: KEY=V1,V2,...
+  bool measure = false;      // doctor
+  std::vector<std::string> disks;  // doctor --measure: folders
   std::string hostfile;
   launch::HostChoice hosts;        // which of its hosts and slots
   bool no_ssh = false;             // the same command is started on each machine

@@ -15,7 +15,7 @@ int64_t blocks(int64_t bytes) { return round_up(bytes, memory::Disk::kBlockBytes
 void DiskTier::reserve(int64_t bytes) {
   ULY_CHECK(!folders_.empty(), "a plan that uses the disk knows where");
   disk_.reset();
-  disk_.emplace(folders_, blocks(bytes), static_cast<int>(kPieces));
+  disk_.emplace(folders_, blocks(bytes), static_cast<int>(kPieces), faults_);
 }
 
 void DiskTier::write(int64_t place, const std::byte* from, int64_t bytes) {

@@ -20,21 +20,24 @@ class DiskTier {
   // `ring`: kPieces * kPieceBytes bytes, aligned to memory::Disk::kBlockBytes. `copy(to, from, bytes)` copies between the ring and
   // a tier, and returns when that is done.
   using Copy = std::function<void(std::byte* to, const std::byte* from, int64_t bytes)>;
-  DiskTier(std::vector<std::string> folders, std::byte* ring, Copy copy) : folders_(std::move(folders)), ring_(ring), copy_(std::move(copy)) {}
+  DiskTier(std::vector<std::string> folders, std::byte* ring, Copy copy, const memory::Faults& faults = {}) : folders_(std::move(folders)), faults_(faults), ring_(ring), copy_(std::move(copy)) {}
 
   // In place of the arena that there was. Throws UserError where there is no room.
   void reserve(int64_t bytes);
 
-  // Places in the arena are multiples of the block; the last block's rest is overwritten. Throw as memory::Disk does.
+  // Places in the arena are multiples of the block; the last block's rest is overwritten. Throw as memory::Disk does: then others may be
+  // under way, and nothing more is to be asked of it.
   void write(int64_t place, const std::byte* from, int64_t bytes);
   void read(int64_t place, std::byte* to, int64_t bytes);
 
+  std::string words() const { return disk_ ? disk_->words() : ""; }
   int64_t held_bytes() const { return disk_ ? disk_->held_bytes() : 0; }
 
  private:
   std::byte* piece(int64_t i) const { return ring_ + i * kPieceBytes; }
 
   std::vector<std::string> folders_;
+  memory::Faults faults_;
   std::byte* ring_;
   Copy copy_;
   std::optional<memory::Disk> disk_;

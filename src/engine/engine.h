@@ -78,6 +78,8 @@ class Engine : public ops::Ops {
   virtual int64_t touched_step_bytes() const { return peak_placed_; }
   // Bytes of each tier that the system has given to the arenas; where it does not say, what was asked for.
   virtual std::array<int64_t, ops::kNumTiers> held_bytes() const;
+  // How the tiers beyond the device turned out: "disk, between steps: 40.0 GiB in /scratch, O_DIRECT, io_uring".
+  virtual std::vector<std::string> tier_words() const { return {}; }
   std::string where() const;  // "MLP backward, layer 17"
 
   ops::Buffer make(int64_t rows, int64_t columns, Dtype dtype, ops::Kind kind, std::string_view what, ops::Life life, ops::Tier tier) override;

@@ -7,11 +7,13 @@
 #include <string>
 
 #include "engine/engine.h"
+#include "memory/disk.h"
 
 namespace uly::engine {
 
 struct CpuOptions {
   std::vector<std::string> disk_folders;  // where the tier beyond host memory lies
+  memory::Faults disk_faults;             // for tests
   uint64_t delays = 0;                    // for tests: seed of random pauses in all that happens beside the launching thread
   bool rehearsal = false;                 // see Engine
 };
@@ -22,6 +24,7 @@ struct CudaOptions {
   bool deterministic = false;    // the same bits in every run
   bool rehearsal = false;        // see Engine
   std::vector<std::string> disk_folders;  // where the tier beyond host memory lies
+  memory::Faults disk_faults;    // for tests
   int host_threads = 0;          // that touch host memory first; 0: one a core
   // What to tell where so many bytes turn out to be all there are: who has the rest, the longest that fits.
   std::function<std::string(int64_t bytes)> advice;

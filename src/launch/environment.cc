@@ -174,6 +174,11 @@ std::string hub_cache_folder() {
   return expanded(hub_home()) + "/hub";
 }
 
+std::string rates_path() {
+  if (const auto path = variable("ULYSSES_RATES"); path && !path->empty()) return expanded(*path);
+  return expanded(variable("XDG_CONFIG_HOME").value_or("~/.config")) + "/ulysses/rates.json";
+}
+
 bool has_hub_token() {
   for (const char* name : {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
     if (!variable(name).value_or("").empty()) return true;

@@ -38,6 +38,9 @@ std::string first_of_hosts(const std::string& list);
 // XDG_CACHE_HOME/huggingface/hub, else ~/.cache/huggingface/hub. `~` and $VARIABLES are expanded as it does.
 std::string hub_cache_folder();
 
+// What `doctor --measure` has found: ULYSSES_RATES, else XDG_CONFIG_HOME/ulysses/rates.json, else ~/.config/ulysses/rates.json.
+std::string rates_path();
+
 // Whether a token for the hub is at hand: HF_TOKEN or a stored one.
 bool has_hub_token();
 

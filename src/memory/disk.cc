@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <sstream>
 #include <thread>
 #include <utility>
 
@@ -181,6 +182,22 @@ bool reserve(int fd, const std::string& folder, int64_t bytes, bool no_fallocate
 }
 
 }  // namespace
+
+Faults faults_from(const std::string& words) {
+  Faults f;
+  std::istringstream in(words);
+  for (std::string word; std::getline(in, word, ',');) {
+    const auto number = [&](const char* name) { return word.rfind(name, 0) == 0 ? std::atoll(word.c_str() + std::strlen(name)) : -1; };
+    if (const long long n = number("after="); n >= 0) f.fail_after_bytes = n;
+    else if (const long long e = number("error="); e > 0) f.error = static_cast<int>(e);
+    else if (word == "no_tmpfile") f.no_tmpfile = true;
+    else if (word == "no_direct") f.no_direct = true;
+    else if (word == "no_fallocate") f.no_fallocate = true;
+    else if (word == "no_io_uring") f.no_io_uring = true;
+    else user_error("faults of a disk: expected after=BYTES, error=NUMBER, no_tmpfile, no_direct, no_fallocate or no_io_uring, found '{}'", word);
+  }
+  return f;
+}
 
 Disk::File::~File() {
   if (fd >= 0) ::close(fd);

@@ -21,6 +21,9 @@ struct Faults {
   bool no_tmpfile = false, no_direct = false, no_fallocate = false, no_io_uring = false;
 };
 
+// From words with commas between them: after=BYTES, error=NUMBER (of errno), no_tmpfile, no_direct, no_fallocate, no_io_uring.
+Faults faults_from(const std::string& words);
+
 // Not thread-safe: one thread uses it, and lives as long as what it started (io_uring ends what an ended thread began).
 class Disk {
  public:

@@ -250,15 +250,19 @@ void Writer::memory(const Machine& machine) {
 // What a step takes, by stream.
 void Writer::time(const Machine& machine) {
   const Price& p = plan_.price;
-  if (plan_.seconds == 0) return;
+  if (plan_.seconds == 0) {
+    if (!machine.rates_words.empty()) line("time", "{}", machine.rates_words);
+    return;
+  }
   std::string streams;
   for (size_t i = 0; i < kStreamNames.size(); ++i)
     if (p.busy[i] > 0) streams += fmt::format("{}{} {:.2f} s", streams.empty() ? "" : ", ", kStreamNames[i], p.busy[i]) + (p.waited[i] > 5e-3 ? fmt::format(" ({:.2f} waited for)", p.waited[i]) : "");
   const double tokens = static_cast<double>(plan_.planned_length) / static_cast<double>(plan_.mesh.P);
   line("time", "{:.2f} s a micro-batch of {} tokens, {:.0f} tokens/s for each rank: {}", p.seconds, format_count(plan_.planned_length), tokens / p.seconds, streams);
+  if (!machine.rates_words.empty()) line("", "{}", machine.rates_words);
   if (!plan_.rates.known) line("", "the rates of an H100 are assumed: {}", machine.gpu_name.empty() ? "which GPU this is is not known" : "nothing is known of " + machine.gpu_name);
   facts()["time"] = timeline_facts(p);
-  facts()["time"].update({{"seconds", p.seconds}, {"tokens_per_second", tokens / p.seconds}, {"rates_known", plan_.rates.known}});
+  facts()["time"].update({{"seconds", p.seconds}, {"tokens_per_second", tokens / p.seconds}, {"rates_known", plan_.rates.known}, {"rates", to_json(plan_.rates)}, {"measured", machine.measured.has_value()}});
   if (std::none_of(p.busy.begin() + 1, p.busy.end(), [](double busy) { return busy > 0; })) return;
   const auto bars = timeline(p);
   for (size_t i = 0; i < bars.size(); ++i) line(i == 0 ? "timeline" : "", "{}", bars[i]);

@@ -50,6 +50,12 @@ std::string in_gib(int64_t bytes) {
   return bytes < kGiB ? fmt::format("{}MiB", ceil_div(bytes, kMiB)) : fmt::format("{}GiB", ceil_div(bytes, kGiB));
 }
 
+// Steps in which a length is looked for that is shorter than `most`.
+int64_t unit_below(const recipe::Recipe& r, int64_t most) {
+  constexpr int64_t kUnit = 256;
+  return most >= 8 * kUnit ? kUnit : std::min(kUnit, r.sequence_parallel_size * r.data.div_length);
+}
+
 // --- what would have to change
 
 std::string advice(const Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, Tier tier, int64_t needed) {
@@ -69,6 +75,12 @@ std::string advice(const Plan& plan, const recipe::Recipe& r, const models::Spec
   if (tier == Tier::kHost && r.memory_host_bytes > 0) ways.push_back(fmt::format("memory.host={}", in_gib(needed * ranks_here)));
   if (tier == Tier::kDisk) ways.push_back(r.memory_disk_bytes > 0 ? fmt::format("memory.disk_size={}", in_gib(needed * ranks_here)) : "a folder on a larger disk in memory.disk");
   if (tier == Tier::kDevice && machine.cuda && plan.room.disk_bytes == 0 && plan.room.host_bytes == 0) ways.push_back("give host memory with memory.host, or a disk with memory.disk");
+  if (tier == Tier::kDevice && !machine.cuda && plan.room.disk_bytes == 0) {
+    Question q = question(plan, r, machine);
+    q.room.disk_bytes = int64_t{1} << 60;
+    FitTrial trial;
+    if (const auto c = anything_that_fits(model, plan.options, q, trial)) ways.push_back(fmt::format("a disk with memory.disk, {} of it", format_bytes(c->bytes[2] * ranks_here)));
+  }
   if (r.master_weights != "split" && plan.options.dtype == Dtype::kBf16) {
     Plan split = plan;
     split.options.split_master = true;
@@ -85,7 +97,7 @@ std::string advice(const Plan& plan, const recipe::Recipe& r, const models::Spec
   }
   const int64_t longest = longest_that_fits(r, spec, machine, world, plan.room.device_bytes);
   if (longest > 0) ways.push_back(fmt::format("data.max_length={}", longest));
-  else ways.push_back("not even 256 tokens fit: use more ranks or a smaller model");
+  else ways.push_back(fmt::format("not even {} tokens fit: use more ranks or a smaller model", unit_below(r, plan.max_length)));
   return fmt::format("{}", fmt::join(ways, ", or "));
 }
 
@@ -143,7 +155,7 @@ int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, con
   recipe::Recipe with_budget = r;
   with_budget.memory_device_bytes = budget_bytes;
   const int64_t most = r.data.max_length > 0 ? r.data.max_length : r.data.max_length == recipe::kAutoLength ? kLongestAsked : spec.max_positions;
-  return find_longest(with_budget, spec, machine, world, most, 256, most).max_length;
+  return find_longest(with_budget, spec, machine, world, most, unit_below(r, most), most).max_length;
 }
 
 std::string why_not(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
@@ -163,8 +175,12 @@ std::string why_not(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
   }
   const int64_t needed = plan.price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0);
   const Largest largest = largest_kind(plan.price, tier);
+  // A part of a device stays free.
+  const int64_t room = plan.room.of(tier), usable = tier == Tier::kDevice ? limits(q)[0] + plan.besides_bytes : room;
+  const std::string of_it = needed <= room && needed > usable ? fmt::format(", {} of it for a plan", format_bytes(usable)) : "";
+  const bool in_group = machine.in_group && (tier == Tier::kDevice ? !machine.cuda && r.memory_device_bytes == 0 : tier == Tier::kHost && r.memory_host_bytes == 0);
   const std::string who = tier == Tier::kDevice && machine.cuda ? "on each GPU" : plan.mesh.W == 1 ? "for the one rank" : "for each rank";
-  return fmt::format("{}needs {} {}, {} free: {} are {}; {}", tier == Tier::kDevice ? "" : tier == Tier::kHost ? "host memory: " : "disk: ", format_bytes(needed), who, format_bytes(plan.room.of(tier)), format_bytes(largest.bytes),
+  return fmt::format("{}needs {} {}, {} free{}{}: {} are {}; {}", tier == Tier::kDevice ? "" : tier == Tier::kHost ? "host memory: " : "disk: ", format_bytes(needed), who, format_bytes(room), in_group ? " in this control group" : "", of_it, format_bytes(largest.bytes),
                      kind_words(largest.kind), advice(plan, r, spec, machine, world, tier, needed));
 }
 

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <fstream>
 #include <utility>
 
 #include "base/host_memory.h"
@@ -12,13 +13,27 @@
 
 namespace uly::plan {
 
+namespace {
+
+std::string processor_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with("model name"))
+      if (const size_t at = line.find(": "); at != std::string::npos) return line.substr(at + 2);
+  return "";
+}
+
+}  // namespace
+
 Machine this_machine(bool cuda, int64_t gpus) {
   Machine m;
   m.cuda = cuda;
   m.gpus = gpus;
   m.cores = std::max<int64_t>(1, sysconf(_SC_NPROCESSORS_ONLN));
-  m.memory_bytes = free_host_bytes();
-  m.words = fmt::format("{} core{}, {} of memory free", m.cores, m.cores == 1 ? "" : "s", format_bytes(m.memory_bytes));
+  m.processor = processor_name();
+  const HostMemory memory = host_memory();
+  m.memory_bytes = memory.obtainable_bytes, m.in_group = memory.in_group;
+  m.words = fmt::format("{} core{}, {} of memory free{}", m.cores, m.cores == 1 ? "" : "s", format_bytes(m.memory_bytes), m.in_group ? " in this control group" : "");
   return m;
 }
 
@@ -31,6 +46,21 @@ const launch::Gpu& use_gpus(Machine& m, std::span<const launch::Gpu> gpus) {
   m.gpu_total_bytes = smallest.total_bytes;
   m.gpu_name = tightest.name, m.gpu_free_bytes = tightest.free_bytes;
   return tightest;
+}
+
+void use_rates(Machine& m, const std::optional<std::string>& text, const std::string& path) {
+  m.measured.reset(), m.rates_words.clear();
+  if (!text || m.imagined) return;
+  RatesFile file = rates_file_from(*text, path);
+  std::optional<Measured>& found = m.cuda ? file.cuda : file.cpu;
+  const std::string& processor = m.cuda ? m.gpu_name : m.processor;
+  if (!found) return;
+  if (found->processor != processor || found->cores != m.cores) {
+    m.rates_words = fmt::format("the rates in {} are of another machine ({}, {} cores): not used; `ulysses doctor --measure` measures this one", path, found->processor, found->cores);
+    return;
+  }
+  m.rates_words = fmt::format("from rates measured on this machine on {} ({})", found->date, path);
+  m.measured = std::move(found);
 }
 
 }  // namespace uly::plan

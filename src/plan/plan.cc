@@ -276,8 +276,33 @@ int64_t ranks_on_machine(const Machine& machine, int64_t world) {
   return machine.cuda ? std::max<int64_t>(1, std::min(world, machine.gpus * machine.gpu_ranks)) : world;
 }
 
+namespace {
+
+// Of one rank. Ranks of a machine share its cores, its memory and its disks; on the CPU nothing is known that was not measured.
+Rates rates_for(const Plan& plan, const recipe::Recipe& r, const Machine& machine) {
+  const int64_t ranks = ranks_on_machine(machine, plan.mesh.W);
+  if (!machine.measured) return machine.cuda ? preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, plan.mesh.W)) : Rates{};
+  Rates rates = r.model.dtype == Dtype::kBf16 ? machine.measured->bf16 : machine.measured->fp32;
+  // Folders are used in turn: the slowest sets the pace. What was not measured is taken to be as fast as a preset's.
+  double slowest = 0;
+  for (const std::string& folder : r.memory_disk_folders) {
+    std::error_code error;
+    const auto found = machine.measured->disks.find(std::filesystem::weakly_canonical(folder, error).string());
+    const double one = found != machine.measured->disks.end() ? found->second : preset_rates("", 1).disk_bytes;
+    slowest = slowest > 0 ? std::min(slowest, one) : one;
+  }
+  rates.disk_bytes = slowest * static_cast<double>(std::max<size_t>(1, r.memory_disk_folders.size()));
+  const double share = 1.0 / static_cast<double>(ranks);
+  rates.disk_bytes *= share, rates.host_update_bytes *= share;
+  if (machine.cuda) return rates;
+  for (double Rates::*rate : {&Rates::gemm_flops, &Rates::attention_forward_flops, &Rates::attention_backward_flops, &Rates::device_bytes, &Rates::to_host_bytes, &Rates::to_device_bytes}) rates.*rate *= share;
+  return rates;
+}
+
+}  // namespace
+
 Question question(const Plan& plan, const recipe::Recipe& r, const Machine& machine) {
-  return {.room = plan.room, .rates = machine.cuda ? preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, plan.mesh.W)) : Rates{}, .besides_bytes = plan.besides_bytes, .cuda = machine.cuda, .micro_batches = r.gradient_accumulation_steps};
+  return {.room = plan.room, .rates = rates_for(plan, r, machine), .besides_bytes = plan.besides_bytes, .cuda = machine.cuda, .micro_batches = r.gradient_accumulation_steps};
 }
 
 Plan sized(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t max_length) {

@@ -14,6 +14,7 @@
 #include "data/token_file.h"
 #include "models/spec.h"
 #include "plan/choose.h"
+#include "plan/measured.h"
 #include "plan/price.h"
 #include "recipe/recipe.h"
 #include "step/decoder.h"
@@ -28,11 +29,15 @@ struct Machine {
   bool cuda = false;
   int64_t gpus = 0;           // visible
   int64_t cores = 1;
-  int64_t memory_bytes = 0;   // what all local ranks may use together: free memory of the host, or of the control group
+  int64_t memory_bytes = 0;   // what all local ranks may use together: obtainable memory of the host, or of the control group
+  bool in_group = false;      // a control group leaves less than the host has
   int64_t local_ranks = 0;    // of the world, on this machine; 0: as many as it has GPUs for, on the CPU all
   int64_t disk_bytes = 0;     // for the scratch files of all local ranks; 0: what scratch_bytes() says here and now
   bool imagined = false;      // nothing of it is here
   std::string words;          // "2 cores, 23.0 GiB of memory free"
+  std::string processor;      // "AMD EPYC 9R14"; "" where the system does not say
+  std::optional<Measured> measured;  // on this machine, with this device
+  std::string rates_words;    // where the rates come from, or why what was measured is not used
 
   // Of the GPUs that this machine's ranks use, where cuda: "", 0 where that is not known. Filled in by cli from launch.
   std::string gpu_name;
@@ -50,6 +55,10 @@ Machine this_machine(bool cuda, int64_t gpus);
 // Fills in what the plan has to know of the GPUs that ranks will use, at least one: the least that any has. Returns the one
 // that has least free.
 const launch::Gpu& use_gpus(Machine& machine, std::span<const launch::Gpu> gpus);
+
+// Takes the rates that were measured, once GPUs are known; `text`: of the file at `path`, nothing without one. Throws UserError where it
+// is damaged.
+void use_rates(Machine& machine, const std::optional<std::string>& text, const std::string& path);
 
 // What preparing the data has found out; absent before.
 struct DataFacts {

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <numeric>
 #include <set>
+#include <utility>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -321,8 +322,16 @@ void say_memory(Session& s, int64_t before, bool cuda) {
     return;
   }
   const int64_t priced = s.plan().price.of(ops::Tier::kDevice).run_bytes, used = s.engine().peak_placed_bytes(), peak = memory::peak_resident_bytes();
-  say("memory: {} at most = {} program and libraries + {} between steps + {} within one ({} priced) + {} that libraries allocated", format_bytes(peak), format_bytes(before), format_bytes(priced),
-      format_bytes(used), format_bytes(s.plan().price.step_places.of(ops::Tier::kDevice)), format_bytes(std::max<int64_t>(0, peak - before - priced - used)));
+  const int64_t away = s.engine().held_bytes()[static_cast<size_t>(ops::Tier::kHost)];
+  say("memory: {} at most = {} program and libraries + {} between steps + {} within one ({} priced){} + {} that libraries allocated", format_bytes(peak), format_bytes(before), format_bytes(priced), format_bytes(used),
+      format_bytes(s.plan().price.step_places.of(ops::Tier::kDevice)), away > 0 ? fmt::format(" + {} of memory.host", format_bytes(away)) : "", format_bytes(std::max<int64_t>(0, peak - before - priced - used - away)));
+}
+
+// How the plan's tiers turned out on this machine.
+void say_tiers(Session& s) {
+  if (!s.first()) return;
+  const char* subject = "tiers";
+  for (const std::string& words : s.engine().tier_words()) say("{:<10} {}", std::exchange(subject, ""), words);
 }
 
 }  // namespace
@@ -335,8 +344,10 @@ int run(const Job& job, comm::World& world) {
   Session session(job, world);
   if (session.first())
     for (const plan::Line& line : session.plan().lines) say("{:<10} {}", line.subject, line.text);
+  say_tiers(session);
   Loop loop(session, job, began);
   const Exit exit = loop.run();
+  session.engine().finish();
   say_memory(session, before, job.cuda);
   world.all().barrier();
   return static_cast<int>(exit);

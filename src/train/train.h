@@ -19,8 +19,10 @@ struct Job {
   std::string tokens_path;    // what `prepare` has written; empty where it rehearses
   std::string eval_tokens_path;  // the same of data.eval_sources; empty without
   std::string dump_folder;    // if not empty: step_N.safetensors there holds the loss and every gradient of step N
+  std::string rates_path;     // what was measured on rank 0's machine; empty: nothing
   bool cuda = false;
   uint64_t delays = 0;        // for tests: engine::CpuOptions::delays
+  std::string disk_faults;    // for tests: memory::faults_from
   bool rehearse = false;      // one step without data, weights and arithmetic: train/rehearse.h
   bool json = false;          // what a rehearsal says is for programs
   bool restart_data = false;  // go on from a state with the data from its beginning

@@ -57,7 +57,7 @@ def environment(**more):
     """
     names = ("CUDA_DEVICE_ORDER", "ULYSSES_SHARE_GPU", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("HF_", "HUGGINGFACE", "TORCHELASTIC"))}
-    fixed = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(shared() / "hub")}
+    fixed = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ULYSSES_RATES": "no-rates.json", "HF_HOME": str(shared() / "hub")}
     return {k: v for k, v in {**kept, **fixed, **more}.items() if v is not None}
 
 

@@ -21,6 +21,7 @@ using ops::Tier;
 struct Variant {
   std::string name;
   std::function<void(step::Options&)> change;
+  std::function<void(step::Options&, int64_t program)> replan = {};  // before each micro-batch and the last update; states stay where they are
 };
 
 struct Shape {
@@ -84,6 +85,12 @@ std::vector<std::vector<uint8_t>> train(const Shape& shape, const Variant& varia
     engine->read(out.back().data(), b);
   };
   bool pending = false;
+  int64_t program = 0;
+  const auto replanned = [&] {
+    step::Options now = o;
+    if (variant.replan) variant.replan(now, program++);
+    return now;
+  };
   for (int64_t step = 1; step <= 3; ++step) {
     step::begin(*engine, states);
     for (int64_t micro = 0; micro < 2; ++micro) {
@@ -93,9 +100,10 @@ std::vector<std::vector<uint8_t>> train(const Shape& shape, const Variant& varia
         batch.ids.push_back((at * 7 + step * 3 + micro + o.mesh.replica()) % 64), batch.labels.push_back(at * 5 % 64), batch.positions.push_back(at < 20 ? at : at - 20);
       }
       const step::Phase phase{.first = micro == 0, .last = micro == 1, .update = pending};
-      const plan::Price price = plan::price_micro_step(model, o, phase);
+      const step::Options now = replanned();
+      const plan::Price price = plan::price_micro_step(model, now, phase);
       engine->begin_step(price.step_places, batch, 0);
-      step::micro_step(*engine, model, o, states, phase);
+      step::micro_step(*engine, model, now, states, phase);
       pending = false;
     }
     step::finish_gradients(*engine, o, states);
@@ -105,9 +113,10 @@ std::vector<std::vector<uint8_t>> train(const Shape& shape, const Variant& varia
     if (!defers) step::update(*engine, model, o, states);
   }
   if (pending) {
-    const plan::Price price = plan::price_update(model, o);
+    const step::Options now = replanned();
+    const plan::Price price = plan::price_update(model, now);
     engine->begin_step(price.step_places, {}, 0);
-    step::update(*engine, model, o, states);
+    step::update(*engine, model, now, states);
   }
   for (const step::UnitState& unit : states.units) note(unit.weight), note(unit.m), note(unit.v);
   return out;
@@ -182,6 +191,27 @@ TEST_P(TiersTest, WhereThingsLieChangesNoBit) {
     SCOPED_TRACE(variant.name);
     EXPECT_TRUE(train_all(GetParam(), variant, 0) == resident);
     EXPECT_TRUE(train_all(GetParam(), variant, 17) == resident) << "with delays";
+  }
+}
+
+// What is kept where changes with every micro-batch, with each place of the states.
+TEST_P(TiersTest, AnotherPlanForEachMicroBatchChangesNoBit) {
+  const auto resident = train_all(GetParam(), {"resident", [](step::Options&) {}}, 0);
+  std::vector<const Variant*> states{nullptr}, kept;
+  for (const Variant& v : variants()) {
+    step::Options o = options_of(GetParam(), 0);
+    o.tiers.assign(7, {});
+    const std::vector<step::UnitTiers> before = o.tiers;
+    v.change(o);
+    (o.tiers == before ? kept : states).push_back(&v);
+  }
+  ASSERT_GE(kept.size(), 8u);
+  ASSERT_GE(states.size(), 6u);
+  for (size_t at = 0; at < states.size(); ++at) {
+    SCOPED_TRACE(states[at] ? states[at]->name : "states on the device");
+    const Variant changing{.name = "", .change = [&](step::Options& o) { if (states[at]) states[at]->change(o); }, .replan = [&](step::Options& o, int64_t program) { kept[(static_cast<size_t>(program) * 3 + at) % kept.size()]->change(o); }};
+    EXPECT_TRUE(train_all(GetParam(), changing, 0) == resident);
+    EXPECT_TRUE(train_all(GetParam(), changing, 23) == resident) << "with delays";
   }
 }
 

@@ -1,6 +1,8 @@
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/wait.h>
@@ -92,6 +94,18 @@ TEST(HostMemoryTest, TheTightestGroupAboveTheProcessLimits) {
   EXPECT_TRUE(m.in_group);
 }
 
+TEST(HostMemoryTest, WhereAGroupIsThrottledItIsFull) {
+  const Folder root;
+  root.write("/proc/meminfo", kMeminfo);
+  root.write("/proc/self/cgroup", "0::/job\n");
+  root.write("/sys/fs/cgroup/job/memory.max", "1000000\n");
+  root.write("/sys/fs/cgroup/job/memory.high", "900000\n");
+  root.write("/sys/fs/cgroup/job/memory.current", "400000\n");
+  EXPECT_EQ(host_memory(root.path()).free_bytes, 500000);
+  root.write("/sys/fs/cgroup/job/memory.high", "max\n");
+  EXPECT_EQ(host_memory(root.path()).free_bytes, 600000);
+}
+
 TEST(HostMemoryTest, AContainerSeesItsGroupAtTheTop) {
   const Folder root;
   root.write("/proc/meminfo", kMeminfo);
@@ -119,7 +133,7 @@ TEST(HostMemoryTest, ReadsTheFirstVersionToo) {
   EXPECT_TRUE(m.in_group);
 }
 
-TEST(HostMemoryTest, ThisHostHasSome) { EXPECT_GT(free_host_bytes(), 0); }
+TEST(HostMemoryTest, ThisHostHasSome) { EXPECT_GT(host_memory().free_bytes, 0); }
 
 // --- memory
 
@@ -147,6 +161,30 @@ TEST(HostArenaTest, GivesBackWhenItEnds) {
   const int64_t before = resident_bytes();
   for (int i = 0; i < 3; ++i) HostArena(64 * kMiB, 2);
   EXPECT_LT(resident_bytes() - before, 32 * kMiB);
+}
+
+// In a process and a mount namespace of its own, with a file in place of the kernel's switch.
+TEST(HostArenaTest, SaysWhereHugePagesAreOff) {
+  const Folder folder;
+  folder.write("/enabled", "always madvise [never]\n");
+  folder.write("/said", "");
+  constexpr int kCannot = 77;
+  const pid_t child = fork();
+  if (child == 0) {
+    if (unshare(CLONE_NEWNS) != 0 || mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) _exit(kCannot);
+    if (mount((folder.path() + "/enabled").c_str(), "/sys/kernel/mm/transparent_hugepage/enabled", nullptr, MS_BIND, nullptr) != 0) _exit(kCannot);
+    const HostArena arena(4 * kMiB, 2);
+    std::ofstream(folder.path() + "/said") << arena.words();
+    _exit(arena.base()[4 * kMiB - 1] == std::byte{0} ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  if (WIFEXITED(status) && WEXITSTATUS(status) == kCannot) GTEST_SKIP() << "no file can be put in place of the kernel's switch here";
+  ASSERT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  std::string said;
+  std::getline(std::ifstream(folder.path() + "/said"), said);
+  // Explicit huge pages, where there are free ones, come first.
+  EXPECT_TRUE(said == "huge pages" || said == "4 KiB pages (transparent huge pages are off: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled)") << said;
 }
 
 TEST(HostArenaTest, MovesWithoutACopy) {
@@ -421,6 +459,16 @@ TEST(DiskTest, ChunksAlternateBetweenFolders) {
     EXPECT_TRUE(in.holds(0, Disk::kChunkBytes, first));
     EXPECT_TRUE(in.holds(Disk::kChunkBytes, Disk::kChunkBytes, first + 2));
   }
+}
+
+TEST(DiskTest, FaultsHaveNames) {
+  const Faults f = faults_from("after=12,error=28,no_direct,no_io_uring");
+  EXPECT_EQ(f.fail_after_bytes, 12);
+  EXPECT_EQ(f.error, 28);
+  EXPECT_TRUE(f.no_direct && f.no_io_uring && !f.no_tmpfile && !f.no_fallocate);
+  EXPECT_EQ(faults_from("").fail_after_bytes, -1);
+  EXPECT_TRUE(faults_from("no_tmpfile,no_fallocate").no_fallocate);
+  EXPECT_THROW(faults_from("no_luck"), UserError);
 }
 
 TEST(DiskTest, WorksInMemory) {

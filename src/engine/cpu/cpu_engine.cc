@@ -31,8 +31,8 @@ at::ScalarType scalar_type(Dtype dtype) {
 CpuEngine::CpuEngine(comm::Group& world, comm::Group& sequence, const CpuOptions& options)
     : Engine(world, sequence, options.rehearsal),
       ring_(DiskTier::kPieces * DiskTier::kPieceBytes),
-      run_disk_(options.disk_folders, ring_.base(), &copy_bytes),
-      step_disk_(options.disk_folders, ring_.base(), &copy_bytes),
+      run_disk_(options.disk_folders, ring_.base(), &copy_bytes, options.disk_faults),
+      step_disk_(options.disk_folders, ring_.base(), &copy_bytes, options.disk_faults),
       to_host_(options.delays),
       to_device_(options.delays),
       disk_(options.delays),
@@ -58,18 +58,40 @@ void CpuEngine::load_batch(const ops::Buffer&) {
 }
 
 void CpuEngine::read(void* host, const ops::Buffer& b) {
-  if (b.tier == ops::Tier::kDisk) return disk_.run([&] { disk_of(b).read(place_bytes(b), static_cast<std::byte*>(host), b.bytes()); }).get();
+  if (b.tier == ops::Tier::kDisk) return disk_.run([&] { with_disk([&] { disk_of(b).read(place_bytes(b), static_cast<std::byte*>(host), b.bytes()); }); }).get();
   std::memcpy(host, address(b), static_cast<size_t>(b.bytes()));
 }
 
 void CpuEngine::write(const ops::Buffer& b, const void* host) {
-  if (b.tier == ops::Tier::kDisk) return disk_.run([&] { disk_of(b).write(place_bytes(b), static_cast<const std::byte*>(host), b.bytes()); }).get();
+  if (b.tier == ops::Tier::kDisk) return disk_.run([&] { with_disk([&] { disk_of(b).write(place_bytes(b), static_cast<const std::byte*>(host), b.bytes()); }); }).get();
   std::memcpy(address(b), host, static_cast<size_t>(b.bytes()));
 }
 
 std::array<int64_t, ops::kNumTiers> CpuEngine::held_bytes() const {
   const auto touched = [&](ops::Tier tier) { return run_arenas_[static_cast<size_t>(tier)].touched_bytes() + step_arenas_[static_cast<size_t>(tier)].touched_bytes(); };
   return {touched(ops::Tier::kDevice), touched(ops::Tier::kHost), run_disk_.held_bytes() + step_disk_.held_bytes()};
+}
+
+std::vector<std::string> CpuEngine::tier_words() const {
+  std::vector<std::string> words;
+  for (const DiskTier* disk : {&run_disk_, &step_disk_})
+    if (const std::string w = disk->words(); !w.empty()) words.push_back((disk == &run_disk_ ? "disk, between steps: " : "disk, within one: ") + w);
+  return words;
+}
+
+void CpuEngine::with_disk(const std::function<void()>& task) {
+  if (disk_failure_) std::rethrow_exception(disk_failure_);
+  try {
+    task();
+  } catch (...) {
+    disk_failure_ = std::current_exception();
+    throw;
+  }
+}
+
+void CpuEngine::finish() {
+  for (Worker* worker : {&to_host_, &to_device_, &host_}) worker->run([] {}).get();
+  disk_.run([this] { with_disk([] {}); }).get();
 }
 
 std::map<std::string, double> CpuEngine::seconds() {
@@ -102,9 +124,11 @@ ops::Event CpuEngine::move(ops::Buffer y, ops::Buffer x) {
     const ops::Buffer& there = write ? y : x;
     DiskTier* disk = &disk_of(there);
     auto* here = static_cast<std::byte*>(address(write ? x : y));
-    return started_by(disk_, Aside::kDisk, [=, place = place_bytes(there)] {
-      if (write) disk->write(place, here, bytes);
-      else disk->read(place, here, bytes);
+    return started_by(disk_, Aside::kDisk, [=, this, place = place_bytes(there)] {
+      with_disk([&] {
+        if (write) disk->write(place, here, bytes);
+        else disk->read(place, here, bytes);
+      });
     });
   }
   const bool leaves = y.tier == ops::Tier::kHost;

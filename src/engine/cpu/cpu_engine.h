@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
+#include <exception>
 
 #include "engine/disk_tier.h"
 #include "engine/engine.h"
@@ -27,6 +28,8 @@ class CpuEngine final : public Engine {
   std::map<std::string, double> seconds() override;
   int64_t touched_step_bytes() const override { return step_arenas_[0].touched_bytes(); }
   std::array<int64_t, ops::kNumTiers> held_bytes() const override;
+  std::vector<std::string> tier_words() const override;
+  void finish() override;
 
   void zero(ops::Buffer y) override;
   void copy(ops::Buffer y, ops::Buffer x) override;
@@ -72,10 +75,13 @@ class CpuEngine final : public Engine {
   ops::Event started_by(Worker& worker, Aside kind, std::function<void()> task);
   ops::Event exchange(comm::Work work);
   void timed(Aside kind, const std::function<void()>& task);
+  // To be run by disk_: nothing once a task has failed, but what it threw.
+  void with_disk(const std::function<void()>& task);
 
   std::array<memory::Arena, 2> run_arenas_, step_arenas_;  // of device and host tier
   memory::Arena ring_;
   DiskTier run_disk_, step_disk_;
+  std::exception_ptr disk_failure_;  // of the worker's thread
   std::atomic<bool> timed_ = false;
   std::array<std::atomic<int64_t>, 5> nanoseconds_{};  // by Aside
   Worker to_host_, to_device_, disk_, host_;           // last: they end before what they use

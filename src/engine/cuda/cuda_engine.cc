@@ -54,7 +54,7 @@ std::byte* CudaEngine::reserve(ops::Life life, ops::Tier tier, int64_t bytes) {
   finish();
   if (tier == ops::Tier::kDevice) return reserve_device(life, bytes);
   if (tier == ops::Tier::kHost) return reserve_host(life, bytes);
-  if (!disk_) disk_.emplace(options_.disk_folders, stream_, disk_stream_);
+  if (!disk_) disk_.emplace(options_.disk_folders, options_.disk_faults, stream_, disk_stream_);
   disk_->reserve(life, bytes);
   return nullptr;
 }
@@ -215,6 +215,17 @@ std::map<std::string, double> CudaEngine::seconds() {
 // Of the host every page has been touched.
 std::array<int64_t, ops::kNumTiers> CudaEngine::held_bytes() const {
   return {run_.bytes() + step_.bytes(), run_host_.arena.bytes() + step_host_.arena.bytes(), disk_ ? disk_->held_bytes() : 0};
+}
+
+std::vector<std::string> CudaEngine::tier_words() const {
+  std::vector<std::string> words;
+  for (const ops::Life life : {ops::Life::kRun, ops::Life::kStep}) {
+    const HostMemory& host = life == ops::Life::kRun ? run_host_ : step_host_;
+    const char* const when = life == ops::Life::kRun ? "between steps" : "within one";
+    if (host.arena.bytes() > 0) words.push_back(fmt::format("host memory, {}: {} in {}{}", when, format_bytes(host.arena.bytes()), host.arena.words(), host.locked ? ", locked" : ", not locked"));
+    if (const std::string disk = disk_ ? disk_->words(life) : ""; !disk.empty()) words.push_back(fmt::format("disk, {}: {}", when, disk));
+  }
+  return words;
 }
 
 void CudaEngine::mark(std::string_view where, int64_t layer) {

@@ -36,6 +36,7 @@ class CudaEngine final : public Engine {
   void time(bool on) override;
   std::map<std::string, double> seconds() override;
   std::array<int64_t, ops::kNumTiers> held_bytes() const override;
+  std::vector<std::string> tier_words() const override;
 
   void zero(ops::Buffer y) override;
   void copy(ops::Buffer y, ops::Buffer x) override;

@@ -14,7 +14,7 @@ int64_t blocks(int64_t bytes) { return round_up(bytes, memory::Disk::kBlockBytes
 
 }  // namespace
 
-DiskMoves::DiskMoves(std::vector<std::string> folders, cudaStream_t compute, cudaStream_t copies) : folders_(std::move(folders)), copies_(copies), flags_(2 * kSlots), tasks_(compute) {
+DiskMoves::DiskMoves(std::vector<std::string> folders, const memory::Faults& faults, cudaStream_t compute, cudaStream_t copies) : folders_(std::move(folders)), faults_(faults), copies_(copies), flags_(2 * kSlots), tasks_(compute) {
   // As if a chunk had lain in each slot: the first that does is the one after it.
   for (uint32_t chunk = 0; chunk < kSlots; ++chunk) flags_.raise(copied(chunk), chunk), flags_.raise(moved(chunk), chunk);
 }
@@ -27,13 +27,18 @@ void DiskMoves::reserve(ops::Life life, int64_t bytes) {
     slot_bytes_ = slot;
   }
   disk(life).reset();
-  disk(life).emplace(folders_, blocks(bytes), static_cast<int>(kInFlight));
+  disk(life).emplace(folders_, blocks(bytes), static_cast<int>(kInFlight), faults_);
 }
 
 int64_t DiskMoves::held_bytes() const {
   int64_t bytes = 0;
   for (const std::optional<memory::Disk>& d : disks_) bytes += d ? d->held_bytes() : 0;
   return bytes;
+}
+
+std::string DiskMoves::words(ops::Life life) const {
+  const std::optional<memory::Disk>& d = disks_[static_cast<size_t>(life)];
+  return d ? d->words() : "";
 }
 
 DiskMoves::Move DiskMoves::move(bool out, std::byte* host, At at, int64_t bytes) {

@@ -25,7 +25,7 @@ namespace uly::engine::cuda {
 class DiskMoves {
  public:
   // Tasks that move host memory follow `compute`; the GPU's copies go on `copies`.
-  DiskMoves(std::vector<std::string> folders, cudaStream_t compute, cudaStream_t copies);
+  DiskMoves(std::vector<std::string> folders, const memory::Faults& faults, cudaStream_t compute, cudaStream_t copies);
   ~DiskMoves() { flags_.give_up(); }
 
   // A place: of the arena of its life, a multiple of a block; the last block's rest is overwritten.
@@ -48,6 +48,7 @@ class DiskMoves {
   // Seconds in which something was under way between ring and disk, since the last call.
   double seconds() { return tasks_.seconds() - static_cast<double>(idle_nanoseconds_.exchange(0)) / 1e9; }
   int64_t held_bytes() const;
+  std::string words(ops::Life life) const;
 
  private:
   static constexpr int64_t kSlots = 4, kPieceBytes = DiskTier::kPieceBytes, kInFlight = DiskTier::kPieces;
@@ -86,6 +87,7 @@ class DiskMoves {
   void pass(const Move& m);
 
   std::vector<std::string> folders_;
+  memory::Faults faults_;
   cudaStream_t copies_;
   Flags flags_;
   Memory ring_;
