@@ -8,6 +8,7 @@
 #include "base/host_memory.h"
 #include "base/units.h"
 #include "launch/gpus.h"
+#include "launch/nccl.h"
 #include "plan/plan.h"
 
 namespace uly::plan {
@@ -18,6 +19,10 @@ Machine this_machine(bool cuda, int64_t gpus) {
   m.gpus = gpus;
   m.cores = std::max<int64_t>(1, sysconf(_SC_NPROCESSORS_ONLN));
   m.memory_bytes = free_host_bytes();
+  if (cuda) {
+    const launch::Nccl nccl = launch::find_nccl();
+    m.nccl_version = nccl.version, m.nccl_why = nccl.why;
+  }
   m.words = fmt::format("{} core{}, {} of memory free", m.cores, m.cores == 1 ? "" : "s", format_bytes(m.memory_bytes));
   return m;
 }
