@@ -16,6 +16,7 @@
 #include "base/units.h"
 #include "cli/job.h"
 #include "launch/environment.h"
+#include "launch/nccl.h"
 #include "launch/python.h"
 #include "plan/measured.h"
 #include "plan/plan.h"
@@ -124,6 +125,13 @@ int measure(const Options& options) {
   return 0;
 }
 
+std::string exchanges_words(const launch::Nccl& nccl) {
+  if (launch::wanted_comm() == "gloo") return "Gloo, through host memory: ULYSSES_COMM asks for it";
+  if (nccl.version == 0) return fmt::format("on GPUs Gloo, through host memory, which is slow: {}", nccl.why);
+  return fmt::format("on GPUs NCCL {}{}; on the CPU Gloo", launch::nccl_words(nccl.version),
+                     nccl.version >= launch::kNcclSharesGpus ? ", also where ranks share a GPU" : fmt::format(", where each rank has a GPU of its own (Gloo where ranks share one, before NCCL {})", launch::nccl_words(launch::kNcclSharesGpus)));
+}
+
 }  // namespace
 
 int doctor(const Options& options) {
@@ -142,6 +150,8 @@ int doctor(const Options& options) {
   out["gpus"]["list"] = Json::array();
   for (const launch::Gpu& gpu : gpus.list) out["gpus"]["list"].push_back(facts_of(gpu));
   out["device"] = {{"default", obstacle ? "cpu" : "cuda"}, {"why", obstacle ? obstacle->fact : ""}};
+  const launch::Nccl nccl = launch::find_nccl();
+  out["nccl"] = {{"version", nccl.version == 0 ? "" : launch::nccl_words(nccl.version)}, {"why_not", nccl.why}, {"shares_gpus", nccl.version >= launch::kNcclSharesGpus}, {"ULYSSES_COMM", launch::wanted_comm()}};
   out["engine"] = {{"path", engine}, {"answer", engine_says}};
   out["python"] = {{"path", python}, {"answer", python_says}};
   out["hub"] = {{"cache", launch::hub_cache_folder()}, {"token", launch::has_hub_token()}};
@@ -156,6 +166,7 @@ int doctor(const Options& options) {
     for (const launch::Gpu& gpu : gpus.list) fmt::print("          {}\n", words_of(gpu));
     if (gpus.nvml == launch::Nvml::kAnswered) fmt::print("driver    {}, CUDA {}.{}\n", gpus.driver.version, gpus.driver.cuda_version / 1000, gpus.driver.cuda_version % 1000 / 10);
     fmt::print("device    {}\n", obstacle ? fmt::format("cpu: {}{}", obstacle->fact, obstacle->advice) : "cuda");
+    fmt::print("exchanges {}\n", exchanges_words(nccl));
     fmt::print("engine    {}: {}\n", engine, engine_says.empty() ? "cannot be run; `make build` makes it" : engine_says);
     fmt::print("python    {}: {}\n", python, python_says.empty() ? "cannot be run; `make setup` makes it" : python_says);
     fmt::print("hub       cache {}, {}\n", launch::hub_cache_folder(), launch::has_hub_token() ? "a token is set" : "no token is set");

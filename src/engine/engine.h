@@ -4,7 +4,7 @@
 //
 // Memory      in each tier two arenas, of what lives as long as the run and of one step; what besides is in docs/design.md
 // Threads     the launching thread, which on a GPU never waits between begin_step and finish, except for exchanges between
-//             ranks that go through host memory; one for moves to and from the disk, one for updates on the host
+//             ranks that go through host memory (not by NCCL); one for moves to and from the disk, one for updates on the host
 // Rehearsal   All runs whole but linear maps and attention: of the former the first kRehearsedRows tokens are computed, once where
 //             they go tile by tile, of the latter a first document of at most kRehearsedDocument; the rest of what they write is zero.
 #pragma once

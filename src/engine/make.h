@@ -1,6 +1,7 @@
 // Engines by device. The GPU's lies in a library of its own, so that a run on the CPU loads nothing of CUDA.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -23,6 +24,8 @@ struct CudaOptions {
   int64_t scratch_bytes = 0;     // for kernels that sum over rows
   bool deterministic = false;    // the same bits in every run
   bool rehearsal = false;        // see Engine
+  bool nccl = false;             // ranks exchange by NCCL, from GPU to GPU; else through host memory
+  std::chrono::milliseconds exchange_timeout = std::chrono::minutes(10);  // that an exchange by NCCL waits for its peers
   std::vector<std::string> disk_folders;  // where the tier beyond host memory lies
   memory::Faults disk_faults;    // for tests
   int host_threads = 0;          // that touch host memory first; 0: one a core

@@ -107,7 +107,21 @@ void unpack_batch(const PackArgs& a, const SegmentBatch& batch, int count, int64
   check_launch("unpack_columns");
 }
 
+__global__ void sum_of_ranks_kernel(SumOfRanksArgs a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= a.count) return;
+  double sum = a.x[i];
+  for (int64_t p = 1; p < a.ranks; ++p) sum += a.x[p * a.count + i];
+  a.y[i] = sum;
+}
+
 }  // namespace
+
+void sum_of_ranks(const SumOfRanksArgs& a, Stream stream) {
+  if (a.count == 0) return;
+  sum_of_ranks_kernel<<<static_cast<unsigned>((a.count + 127) / 128), 128, 0, stream>>>(a);
+  check_launch("sum_of_ranks");
+}
 
 void pack_columns(const PackArgs& a, Stream stream) {
   if (a.x.rows == 0) return;

@@ -27,6 +27,14 @@ struct SumPiecesArgs {
   int64_t pieces = 0;
 };
 
+// y[i] = the sum of x[p * count + i] over p = 0, 1, ... ranks - 1, in this order. A GPU's only.
+struct SumOfRanksArgs {
+  double* y = nullptr;
+  const double* x = nullptr;
+  int64_t count = 0, ranks = 0;
+};
+
+void sum_of_ranks(const SumOfRanksArgs& a, Stream stream);
 void pack_columns(const PackArgs& a, Stream stream);
 void unpack_columns(const PackArgs& a, Stream stream);
 void sum_pieces(const SumPiecesArgs& a, Stream stream);

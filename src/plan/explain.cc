@@ -9,6 +9,7 @@
 
 #include "base/shapes.h"
 #include "base/units.h"
+#include "plan/exchanges.h"
 #include "plan/longest.h"
 #include "plan/reasons.h"
 #include "plan/timeline.h"
@@ -65,6 +66,10 @@ void Writer::mesh(const Machine& machine) {
   const step::Mesh& mesh = plan_.mesh;
   line("mesh", "{} rank{} on {} = {} replica{} x {} that share a sequence; weights, gradients and optimizer in {} shard{} (ZeRO-3)", mesh.W, mesh.W == 1 ? "" : "s", machine.cuda ? "GPUs" : "the CPU",
        mesh.R(), mesh.R() == 1 ? "" : "s", mesh.P, mesh.W, mesh.W == 1 ? "" : "s");
+  const Exchanges exchanges = choose_exchanges(machine, mesh.W);
+  if (machine.cuda && (mesh.W > 1 || exchanges.nccl)) line("exchanges", "{}", exchanges.words);
+  if (plan_.options.exchange_parts > 1) line("", "a rank's heads in {} parts: q, k, v of the next and outputs of the last travel under attention", plan_.options.exchange_parts);
+  facts()["exchanges"] = {{"by", exchanges.nccl ? "nccl" : "gloo"}, {"words", exchanges.words}, {"parts", plan_.options.exchange_parts}};
   facts()["mesh"] = {{"device", machine.cuda ? "cuda" : "cpu"}, {"world", mesh.W}, {"sequence_parallel", mesh.P}, {"replicas", mesh.R()}};
 }
 

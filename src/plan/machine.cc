@@ -9,6 +9,7 @@
 #include "base/host_memory.h"
 #include "base/units.h"
 #include "launch/gpus.h"
+#include "launch/nccl.h"
 #include "plan/plan.h"
 
 namespace uly::plan {
@@ -30,6 +31,10 @@ Machine this_machine(bool cuda, int64_t gpus) {
   m.cuda = cuda;
   m.gpus = gpus;
   m.cores = std::max<int64_t>(1, sysconf(_SC_NPROCESSORS_ONLN));
+  if (cuda) {
+    const launch::Nccl nccl = launch::find_nccl();
+    m.nccl_version = nccl.version, m.nccl_why = nccl.why;
+  }
   m.processor = processor_name();
   const HostMemory memory = host_memory();
   m.memory_bytes = memory.obtainable_bytes, m.in_group = memory.in_group;

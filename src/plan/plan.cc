@@ -12,6 +12,7 @@
 #include "base/check.h"
 #include "base/shapes.h"
 #include "base/units.h"
+#include "plan/exchanges.h"
 #include "plan/explain.h"
 #include "plan/longest.h"
 
@@ -178,7 +179,7 @@ void choose_options(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
   if (o.exchange) o.attention.document_share = plan.document_share;
 
   plan.room = room(r, machine, world, budget(r, machine, world));
-  if (machine.cuda) plan.besides_bytes = kLibraryBytes + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(widest_summed_columns(spec)) + ops::attention_besides_bytes(o.attention, most, o.S());
+  if (machine.cuda) plan.besides_bytes = kLibraryBytes + (choose_exchanges(machine, world).nccl ? nccl_bytes(o.mesh) : 0) + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(widest_summed_columns(spec)) + ops::attention_besides_bytes(o.attention, most, o.S());
 }
 
 void check_disk(const recipe::Recipe& r, const Machine& machine) {
@@ -206,6 +207,7 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
   text += fmt::format("|{}|{}|{}|{}", static_cast<int>(a.backend), a.kv_heads_at_once, a.backward_queries, a.backward_keys);
   for (const step::LayerKeep& k : plan.options.keep) text += fmt::format("{}{}{}{}{}{}{},", static_cast<int>(k.level), k.input, k.output, static_cast<int>(k.input_tier), static_cast<int>(k.output_tier), static_cast<int>(k.projections_tier), static_cast<int>(k.gate_up_tier));
   for (const step::UnitTiers& t : plan.options.tiers) text += fmt::format("{}{}{}{},", static_cast<int>(t.weight), static_cast<int>(t.optimizer), static_cast<int>(t.gradient), t.update_on_host);
+  text += fmt::format("|{}", plan.options.exchange_parts);
   text += fmt::format("|{}|{}|{}", plan.options.rebuilt_inputs, plan.options.lean, static_cast<int>(plan.options.rebuilt_tier));
   const XXH128_hash_t h = XXH3_128bits(text.data(), text.size());
   return fmt::format("{:016x}{:016x}", h.high64, h.low64);
@@ -280,8 +282,10 @@ namespace {
 
 // Of one rank. Ranks of a machine share its cores, its memory and its disks; on the CPU nothing is known that was not measured.
 Rates rates_for(const Plan& plan, const recipe::Recipe& r, const Machine& machine) {
-  const int64_t ranks = ranks_on_machine(machine, plan.mesh.W);
-  if (!machine.measured) return machine.cuda ? preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, plan.mesh.W)) : Rates{};
+  const int64_t W = plan.mesh.W, ranks = ranks_on_machine(machine, W);
+  const Links links{.W = W, .P = plan.options.exchange_ranks(), .node_ranks = ranks, .gpu_ranks = machine.gpu_ranks, .nccl = choose_exchanges(machine, W).nccl};
+  const Rates preset = preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, ranks), links);
+  if (!machine.measured) return machine.cuda ? preset : Rates{};
   Rates rates = r.model.dtype == Dtype::kBf16 ? machine.measured->bf16 : machine.measured->fp32;
   // Folders are used in turn: the slowest sets the pace. What was not measured is taken to be as fast as a preset's.
   double slowest = 0;
@@ -294,7 +298,10 @@ Rates rates_for(const Plan& plan, const recipe::Recipe& r, const Machine& machin
   rates.disk_bytes = slowest * static_cast<double>(std::max<size_t>(1, r.memory_disk_folders.size()));
   const double share = 1.0 / static_cast<double>(ranks);
   rates.disk_bytes *= share, rates.host_update_bytes *= share;
-  if (machine.cuda) return rates;
+  if (machine.cuda) {  // between GPUs nothing was measured
+    rates.sequence_bytes = preset.sequence_bytes, rates.world_bytes = preset.world_bytes;
+    return rates;
+  }
   for (double Rates::*rate : {&Rates::gemm_flops, &Rates::attention_forward_flops, &Rates::attention_backward_flops, &Rates::device_bytes, &Rates::to_host_bytes, &Rates::to_device_bytes}) rates.*rate *= share;
   return rates;
 }
@@ -314,6 +321,32 @@ Plan sized(const recipe::Recipe& r, const models::Spec& spec, const Machine& mac
   return plan;
 }
 
+namespace {
+
+// Heads in parts, whose exchange goes on under the attention of others, where that is faster: all else as it has been chosen.
+void split_exchanges(const step::Model& model, Plan& plan, const Question& question) {
+  constexpr double kFaster = 0.9995;
+  const int64_t P = plan.options.exchange_ranks();
+  if (P == 1 || !plan.fits || question.rates.gemm_flops == 0) return;
+  step::Options best = plan.options;
+  for (int64_t parts = 2; parts <= 8 && step::heads_of_rank(model.spec, P, 0).k >= parts; parts *= 2) {
+    if (!step::parts_are_alike(model.spec, P, parts)) continue;
+    step::Options options = plan.options;
+    options.exchange_parts = parts;
+    const Candidate c = price_candidate(model, options, question);
+    ++plan.pricings;
+    if (!c.fits || c.seconds > plan.seconds * kFaster) continue;
+    Price price = price_with_places(model, options, question.rates);
+    const Bytes over = excess(price, question);
+    if (std::any_of(over.begin(), over.end(), [](int64_t bytes) { return bytes > 0; })) continue;
+    best = std::move(options);
+    plan.seconds = c.seconds, plan.price = std::move(price);
+  }
+  plan.options = std::move(best);
+}
+
+}  // namespace
+
 void choose_kept(const step::Model& model, Plan& plan, const Question& question) {
   Choice choice = choose_places(model, plan.options, question);
   plan.options = choice.best.options;
@@ -323,6 +356,7 @@ void choose_kept(const step::Model& model, Plan& plan, const Question& question)
   plan.price = std::move(choice.price);
   plan.considered = std::move(choice.considered);
   plan.pricings += choice.pricings;
+  split_exchanges(model, plan, question);
 }
 
 void choose(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {

@@ -45,6 +45,8 @@ struct Machine {
   int gpu_major = 0, gpu_minor = 0;                 // the oldest's compute capability
   int64_t gpu_ranks = 1;                            // ranks on one GPU; above 1 only with ULYSSES_SHARE_GPU
   int64_t gpu_foreign_bytes = 0, gpu_foreign_pid = 0;  // on the GPU that has least free: what other processes hold, the largest of them
+  int nccl_version = 0;                             // 22809 is 2.28.9; 0: it cannot be loaded, and why
+  std::string nccl_why;
   std::string gpu_words;                            // "2 x NVIDIA H200, 139.8 GiB each"
   std::string gpu_foreign_words;                    // "GPU 0: 5.8 GiB belong to process 4411"; "" where they are ours alone
 };

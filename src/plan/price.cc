@@ -262,24 +262,22 @@ double Priced::sent_bytes_total(const std::vector<int64_t>& elements, Dtype dtyp
   return static_cast<double>(std::accumulate(elements.begin(), elements.end(), int64_t{0})) * static_cast<double>(bytes_of(dtype));
 }
 
-ops::Event Priced::sent(double bytes, ops::Group group) { return aside(Stream::kNetwork, over(bytes, group == ops::Group::kWorld ? rates_.world_bytes : rates_.sequence_bytes)); }
-
-ops::Event Priced::all_to_all(Buffer, Buffer send, ops::Group group, const std::vector<int64_t>&, const std::vector<int64_t>& send_elements) {
-  const double bytes = sent_bytes_total(send_elements, send.dtype);
+ops::Event Priced::all_to_all(Buffer, Buffer send, ops::Group, const std::vector<int64_t>&, const std::vector<int64_t>& send_elements) {
+  const double bytes = sent_bytes_total(send_elements, send.dtype), ranks = static_cast<double>(send_elements.size());
   price_.exchanged_bytes += bytes;
-  return sent(bytes, group);
+  return aside(Stream::kNetwork, over(bytes * (ranks - 1) / ranks, rates_.sequence_bytes));  // a rank's own block stays
 }
 
-ops::Event Priced::all_gather(Buffer whole, Buffer shard, ops::Group group) {
+ops::Event Priced::all_gather(Buffer whole, Buffer shard, ops::Group) {
   const double bytes = static_cast<double>(whole.bytes() - shard.bytes());
   price_.gathered_bytes += bytes;
-  return sent(bytes, group);
+  return aside(Stream::kNetwork, over(bytes, rates_.gather_bytes));
 }
 
 ops::Event Priced::scatter(Buffer received, Buffer, ops::Group group) {
   const double bytes = static_cast<double>(received.bytes() - received.bytes() / group_sizes_[static_cast<size_t>(group)]);
   price_.scattered_bytes += bytes;
-  return sent(bytes, group);
+  return aside(Stream::kNetwork, over(bytes, rates_.scatter_bytes));
 }
 
 ops::Event Priced::adamw(Buffer weight, Buffer master, Buffer m, Buffer, Buffer, Buffer, Buffer, const ops::UpdateRange& range) {

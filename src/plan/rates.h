@@ -15,10 +15,18 @@ struct Rates {
   double to_host_bytes = 0, to_device_bytes = 0;
   double disk_bytes = 0;                 // read or written
   double host_update_bytes = 0;          // read and written by AdamW on the host
-  double sequence_bytes = 0, world_bytes = 0;  // sent by a rank to others of its sequence, of the world
+  double sequence_bytes = 0;             // sent by a rank to others of its sequence
+  double gather_bytes = 0, scatter_bytes = 0;  // received by a rank of others' weights, sent to others of its gradients
+};
+
+// How ranks are spread and what they exchange by.
+struct Links {
+  int64_t W = 1, P = 1;
+  int64_t node_ranks = 1, gpu_ranks = 1;  // ranks on one machine, on one GPU
+  bool nccl = true;                       // else through host memory
 };
 
 // What is known of a GPU by its name, beside a host of so many cores; H100's where the name says nothing.
-Rates preset_rates(const std::string& gpu, int64_t host_cores);
+Rates preset_rates(const std::string& gpu, int64_t host_cores, const Links& links = {});
 
 }  // namespace uly::plan

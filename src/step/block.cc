@@ -87,15 +87,27 @@ void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h
   }
 }
 
-std::pair<Held, Held> Block::attend(Buffer qkv_S) const {
+Block::Attended Block::attend(ToHeads& qkv, const std::function<void()>& arrived) const {
   const ops::Heads& heads = ulysses_.heads();
-  Held o_SnH = make(options_.S(), heads.n * heads.H, Kind::kSaved, "attention output");
-  Held lse_Sn = make(options_.S(), heads.n, Kind::kSaved, "attention log-sum-exp", Dtype::kF32);
-  {
-    const Held workspace = this->workspace(ops::attention_workspace_bytes(options_.attention, heads, options_.S()));
-    ops_.attention(o_SnH, lse_Sn, qkv_S, workspace, heads, options_.attention);
+  Attended a{.o_SnH = make(options_.S(), heads.n * heads.H, Kind::kSaved, "attention output"),
+             .lse_Sn = make(options_.S(), heads.n, Kind::kSaved, "attention log-sum-exp", Dtype::kF32),
+             .output = ulysses_.output_to_tokens()};
+  const Held workspace = this->workspace(largest_workspace(ops::attention_workspace_bytes));
+  const int64_t parts = ulysses_.num_parts();
+  for (int64_t g = 0; g < parts; ++g) {
+    const Buffer qkv_part = qkv.wait(g);
+    if (g + 1 < parts) qkv.start(g + 1);
+    else arrived();
+    ops_.attention(ulysses_.output_part(a.o_SnH, g), ulysses_.lse_part(a.lse_Sn, g), qkv_part, workspace, ulysses_.heads(g), options_.attention);
+    if (g + 1 < parts) a.output.start(a.o_SnH);  // the last: once qkv_S has made room
   }
-  return {std::move(o_SnH), std::move(lse_Sn)};
+  return a;
+}
+
+int64_t Block::largest_workspace(int64_t (*bytes)(const ops::AttentionSchedule&, const ops::Heads&, int64_t)) const {
+  int64_t most = 0;
+  for (int64_t g = 0; g < ulysses_.num_parts(); ++g) most = std::max(most, bytes(options_.attention, ulysses_.heads(g), options_.S()));
+  return most;
 }
 
 Held Block::forward(const LayerViews& w, Held x, const LayerKeep& keep, Saved& saved, int64_t layer, const std::function<void()>& between) const {
@@ -108,22 +120,23 @@ Held Block::forward(const LayerViews& w, Held x, const LayerKeep& keep, Saved& s
   Held o;
   Buffer o_sNH;
   {
-    Held qkv, raw_qk, rstd_qk;
+    ToHeads qkv;
+    Held raw_qk, rstd_qk;
     {
       Held h_sD = make(s, D, normed, "normed input"), rstd_s = make(s, 1, normed, "rstd", Dtype::kF32);
       ops_.rms_norm(h_sD, rstd_s, x_sD, w.norm1_D, spec_.norm_eps);
       qkv = ulysses_.qkv_to_heads(project(w, h_sD, projections ? &raw_qk : nullptr, projections ? &rstd_qk : nullptr));
+      qkv.start(0);
       if (everything) saved.h1_sD.keep(ops_, std::move(h_sD), ops::Tier::kDevice, "normed input"), saved.rstd1_s.keep(ops_, std::move(rstd_s), ops::Tier::kDevice, "rstd");
     }
-    const Buffer qkv_S = qkv;
-    if (projections) {
-      saved.qkv_S.keep(ops_, std::move(qkv), keep.projections_tier, "q, k, v of my heads");
+    Attended a = attend(qkv, [&] {
+      if (!projections) return;
+      saved.qkv_S.keep(ops_, qkv.take(), keep.projections_tier, "q, k, v of my heads");
       if (spec_.qk_norm) saved.raw_qk.keep(ops_, std::move(raw_qk), keep.projections_tier, "q, k before their norm"), saved.rstd_qk.keep(ops_, std::move(rstd_qk), keep.projections_tier, "q/k norm");
-    }
-    auto [o_SnH, lse_Sn] = attend(qkv_S);
-    if (keep.output) saved.lse_Sn.keep(ops_, std::move(lse_Sn), keep.output_tier, "attention log-sum-exp");
+    });
+    if (keep.output) saved.lse_Sn.keep(ops_, std::move(a.lse_Sn), keep.output_tier, "attention log-sum-exp");
     qkv.reset();
-    o = ulysses_.output_to_tokens(std::move(o_SnH));
+    o = a.to_tokens();
     o_sNH = o;
     if (keep.output) saved.o_sNH.keep(ops_, std::move(o), keep.output_tier, "attention output");
   }
@@ -155,17 +168,18 @@ Held Block::forward(const LayerViews& w, Held x, const LayerKeep& keep, Saved& s
 
 void Block::attend_again(const LayerViews& w, Buffer x_sD, Saved& saved) const {
   if (saved.o_sNH.exists()) return;
-  Held qkv_S;
+  ToHeads qkv;
   {
     const Held h_sD = make(options_.s, spec_.D, Kind::kActivations, "normed input"), rstd_s = make(options_.s, 1, Kind::kActivations, "rstd", Dtype::kF32);
     ops_.rms_norm(h_sD, rstd_s, x_sD, w.norm1_D, spec_.norm_eps);
-    qkv_S = ulysses_.qkv_to_heads(project(w, h_sD, nullptr, nullptr));
+    qkv = ulysses_.qkv_to_heads(project(w, h_sD, nullptr, nullptr));
+    qkv.start(0);
   }
-  auto [o_SnH, lse_Sn] = attend(qkv_S);
-  qkv_S.reset();
+  Attended a = attend(qkv, [] {});
+  qkv.reset();
   const ops::Tier tier = options_.rebuilt_tier;
-  saved.lse_Sn.keep(ops_, std::move(lse_Sn), tier, "attention log-sum-exp");
-  saved.o_sNH.keep(ops_, ulysses_.output_to_tokens(std::move(o_SnH)), tier, "attention output");
+  saved.lse_Sn.keep(ops_, std::move(a.lse_Sn), tier, "attention log-sum-exp");
+  saved.o_sNH.keep(ops_, a.to_tokens(), tier, "attention output");
 }
 
 Held Block::forward_again(const LayerViews& w, Buffer x_sD, Saved& saved, int64_t layer) const {
@@ -250,9 +264,12 @@ void Block::attention_backward(const LayerViews& w, const LayerViews& dw, bool a
   const bool lean = options_.lean;
   if (!lean) between();
   if (!saved.qkv_S.exists() || !lean) normed_again(saved.h1_sD, saved.rstd1_s, saved.x_sD.device(), w.norm1_D, "normed input");
-  if (!saved.qkv_S.exists()) {
+  const bool again = !saved.qkv_S.exists();
+  ToHeads qkv;  // on its way, where it was not kept
+  if (again) {
     Held raw_qk, rstd_qk;
-    saved.qkv_S.keep(ops_, ulysses_.qkv_to_heads(project(w, saved.h1_sD.device(), &raw_qk, &rstd_qk)), ops::Tier::kDevice, "q, k, v of my heads");
+    qkv = ulysses_.qkv_to_heads(project(w, saved.h1_sD.device(), &raw_qk, &rstd_qk));
+    qkv.start(0);
     if (spec_.qk_norm) saved.raw_qk.keep(ops_, std::move(raw_qk), ops::Tier::kDevice, "q, k before their norm"), saved.rstd_qk.keep(ops_, std::move(rstd_qk), ops::Tier::kDevice, "q/k norm");
   }
   if (lean) {
@@ -262,31 +279,41 @@ void Block::attention_backward(const LayerViews& w, const LayerViews& dw, bool a
   const Buffer o_sNH = saved.o_sNH.device();
   ops_.linear_dw(dw.o_DO, dy, o_sNH, add);
   if (dw.o_bias_D.exists()) ops_.bias_grad(dw.o_bias_D, dy);
-  Held do_SnH;
-  {
-    Held do_sNH = make(s, spec_.query_columns(), Kind::kActivations, "gradient of the attention output");
-    ops_.linear_dx(do_sNH, dy, w.o_DO);
-    do_SnH = ulysses_.alone() ? std::move(do_sNH) : ulysses_.output_to_heads(do_sNH);
-  }
+  Held do_sNH = make(s, spec_.query_columns(), Kind::kActivations, "gradient of the attention output");
+  ops_.linear_dx(do_sNH, dy, w.o_DO);
+  ToHeads d_o = ulysses_.output_to_heads(std::move(do_sNH));
+  d_o.start(0);
   Parked waiting;  // dy, where it makes room
   if (lean) waiting.keep(ops_, std::move(dy), ops::Tier::kHost, "gradient of the residual stream"), waiting.settle();
-  Held o_SnH = ulysses_.alone() ? saved.o_sNH.take() : ulysses_.output_to_heads(o_sNH);
+  ToHeads o = ulysses_.output_to_heads(saved.o_sNH.take());
+  o.start(0);
   saved.o_sNH.reset();
   Held dqkv_S = make(options_.S(), (heads.n + 2 * heads.k) * heads.H, Kind::kActivations, "gradient of q, k, v of my heads");
+  ToTokens gradient = ulysses_.qkv_grad_to_tokens();
   {
-    const Held workspace = this->workspace(ops::attention_grad_workspace_bytes(options_.attention, heads, options_.S()));
-    ops_.attention_grad(dqkv_S, do_SnH, saved.qkv_S.device(), o_SnH, saved.lse_Sn.device(), workspace, heads, options_.attention);
+    const Held workspace = this->workspace(largest_workspace(ops::attention_grad_workspace_bytes));
+    const int64_t parts = ulysses_.num_parts();
+    for (int64_t g = 0; g < parts; ++g) {
+      const Buffer qkv_part = again ? qkv.wait(g) : ulysses_.qkv_part(saved.qkv_S.device(), g), do_part = d_o.wait(g), o_part = o.wait(g);
+      if (g + 1 < parts) {
+        if (again) qkv.start(g + 1);
+        d_o.start(g + 1), o.start(g + 1);
+      }
+      ops_.attention_grad(ulysses_.qkv_part(dqkv_S, g), do_part, qkv_part, o_part, ulysses_.lse_part(saved.lse_Sn.device(), g), workspace, ulysses_.heads(g), options_.attention);
+      if (g + 1 < parts) gradient.start(dqkv_S);
+    }
   }
+  qkv.reset();
   saved.qkv_S.reset();
   saved.lse_Sn.reset();
-  do_SnH.reset();
-  o_SnH.reset();
+  d_o.reset();
+  o.reset();
   if (lean) {
     saved.x_sD.want(), waiting.want();
     between();
   }
 
-  const Held dqkv_s = ulysses_.qkv_grad_to_tokens(std::move(dqkv_S));
+  const Held dqkv_s = gradient.finish(std::move(dqkv_S));
   rope_and_norm_backward(w, dw, saved, dqkv_s);
   normed_again(saved.h1_sD, saved.rstd1_s, saved.x_sD.device(), w.norm1_D, "normed input");
   const Buffer h_sD = saved.h1_sD.device();

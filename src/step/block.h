@@ -52,12 +52,20 @@ class Block {
   // q, k, v of my tokens: projection, bias, q/k norm, rope. With `raw_qk` and `rstd_qk`, what the gradient of a q/k norm needs goes
   // there.
   ops::Held project(const LayerViews& w, ops::Buffer h_sD, ops::Held* raw_qk, ops::Held* rstd_qk) const;
-  // Attention of qkv_S: its output, all heads of my tokens, and log-sum-exp.
-  std::pair<ops::Held, ops::Held> attend(ops::Buffer qkv_S) const;
+  // Attention, while q, k, v are on their way; its output is on its way after.
+  struct Attended {
+    ops::Held o_SnH, lse_Sn;
+    ToTokens output;
+    ops::Held to_tokens() { return output.finish(std::move(o_SnH)); }  // o_sNH
+  };
+  // Calls `arrived` once all of qkv_S is there, before the last part is attended.
+  Attended attend(ToHeads& qkv, const std::function<void()>& arrived) const;
   // Attention's output, log-sum-exp and all that its backward needs, where they have not been kept.
   void attend_again(const LayerViews& w, ops::Buffer x_sD, Saved& saved) const;
   ops::Held make(int64_t rows, int64_t columns, ops::Kind kind, const char* what, Dtype dtype) const { return ops::Held(ops_, rows, columns, dtype, kind, what); }
   ops::Held make(int64_t rows, int64_t columns, ops::Kind kind, const char* what) const { return make(rows, columns, kind, what, options_.dtype); }
+  // Of the part of my heads that needs most.
+  int64_t largest_workspace(int64_t (*bytes)(const ops::AttentionSchedule&, const ops::Heads&, int64_t)) const;
   // No buffer for 0 bytes.
   ops::Held workspace(int64_t bytes) const { return bytes > 0 ? make(1, bytes, ops::Kind::kActivations, "attention workspace", Dtype::kU8) : ops::Held(); }
   // Fills h and rstd from x unless they have been kept.

@@ -138,6 +138,7 @@ class Micro {
     for (size_t l = 0; l < saved_.size(); ++l) {
       const LayerViews w = weights(l);
       zero_.prefetch(l + 2);  // after the last layer: the head
+      if (l + 1 == saved_.size() && o_.mesh.W > 1) zero_.prefetch(units_.table);
       // What the layer before sends away has this layer's time, or with little room its attention's.
       const auto settle = [&] {
         if (l > 0) saved_[l - 1].settle();
@@ -146,11 +147,21 @@ class Micro {
         if (o_.lean) settle();
       });
       settle();
-      zero_.release(l + 1);
+      if (!is_next_in_backward(l)) zero_.release(l + 1);
     }
+    if (o_.mesh.W > 1) zero_.prefetch(first_of_backward() + 1);  // under the loss head
     zero_.updates_done();
     return x_sD;
   }
+
+  // The layer whose weights backward wants first: the last, or that from which the last one's input is rebuilt.
+  size_t first_of_backward() const {
+    size_t l = saved_.size() - 1;
+    while (!o_.keep[l].input) --l;
+    return l;
+  }
+  // Gathered weights that stay: they would be gathered again at once.
+  bool is_next_in_backward(size_t l) const { return o_.mesh.W > 1 && l + 1 == saved_.size() && first_of_backward() == l; }
 
   // From the last layer to the first, by runs of layers that begin with one whose input is kept.
   void backward(Held& dx_sD) {

@@ -53,6 +53,7 @@ struct Options {
   bool optimizer = true;           // false: states without master and moments, for measuring forward and backward
   bool split_master = false;       // master weights as the bf16 weight and the 16 bits it lacks
   bool exchange = true;            // false: attention stays inside each rank's shard
+  int64_t exchange_parts = 1;      // in so many a rank's heads are exchanged, one under the attention of another; fewer where it has fewer key-value heads
   int64_t s = 0;                   // tokens of each rank's shard
   int64_t mlp_tile = 0, loss_tile = 0;
   ops::AttentionSchedule attention;

@@ -11,13 +11,49 @@ int64_t width(const std::vector<ops::Columns>& block) {
   return std::accumulate(block.begin(), block.end(), int64_t{0}, [](int64_t sum, const ops::Columns& c) { return sum + c.count; });
 }
 
-std::vector<int64_t> widths(const ops::ColumnBlocks& blocks, int64_t rows) {
+int64_t sum(const std::vector<int64_t>& v) { return std::accumulate(v.begin(), v.end(), int64_t{0}); }
+
+// With the packed tensor of my tokens: the elements of a part by rank, and those before it.
+struct Packed {
   std::vector<int64_t> elements;
-  for (const auto& block : blocks) elements.push_back(rows * width(block));
-  return elements;
+  int64_t before = 0;
+};
+
+Packed packed(const Spread& spread, int64_t part) {
+  Packed of;
+  for (int64_t i = 0; i < (part + 1) * spread.P; ++i) {
+    const int64_t elements = spread.s * width(spread.blocks[static_cast<size_t>(i)]);
+    if (i < part * spread.P) of.before += elements;
+    else of.elements.push_back(elements);
+  }
+  return of;
 }
 
-int64_t sum(const std::vector<int64_t>& v) { return std::accumulate(v.begin(), v.end(), int64_t{0}); }
+int64_t packed_elements(const Spread& spread) {
+  const Packed last = packed(spread, spread.num_parts() - 1);
+  return last.before + sum(last.elements);
+}
+
+std::vector<int64_t> equal_elements(const Spread& spread, int64_t part) { return std::vector<int64_t>(static_cast<size_t>(spread.P), spread.s * spread.mine[static_cast<size_t>(part)]); }
+
+// Sums go in the order of ranks. By parts it would be another where three ranks share a key-value head, which may be the last of
+// one and the first of another: then there is one part.
+bool three_share(const models::Spec& spec, int64_t P) {
+  std::vector<int64_t> ranks(static_cast<size_t>(spec.K), 0);
+  for (int64_t p = 0; p < P; ++p) {
+    const ops::Heads h = heads_of_rank(spec, P, p);
+    for (int64_t k = 0; k < h.k; ++k)
+      if (++ranks[static_cast<size_t>(h.first_head / h.G + k)] == 3) return true;
+  }
+  return false;
+}
+
+int64_t possible_parts(const models::Spec& spec, int64_t P, int64_t wanted) {
+  if (P == 1 || wanted <= 1 || three_share(spec, P)) return 1;
+  int64_t most = 1;
+  for (int64_t p = 0; p < P; ++p) most = std::max(most, heads_of_rank(spec, P, p).k);
+  return std::min(wanted, most);
+}
 
 }  // namespace
 
@@ -27,59 +63,85 @@ ops::Heads heads_of_rank(const models::Spec& spec, int64_t P, int64_t p) {
   return {.n = end - first, .k = k, .H = spec.H, .G = G, .first_head = first};
 }
 
-Ulysses::Ulysses(ops::Ops& ops, const models::Spec& spec, const Options& options)
-    : ops_(ops),
-      options_(options),
-      P_(options.exchange_ranks()),
-      p_(P_ == 1 ? 0 : options.mesh.p()),
-      heads_(heads_of_rank(spec, P_, p_)),
-      qkv_columns_(spec.qkv_columns()),
-      output_columns_(spec.query_columns()) {
-  const int64_t H = spec.H, NH = spec.N * H, KH = spec.K * H;
-  for (int64_t r = 0; r < P_; ++r) {
-    const ops::Heads h = heads_of_rank(spec, P_, r);
-    const int64_t kv = h.first_head / h.G;
-    qkv_blocks_.push_back({{h.first_head * H, h.n * H}, {NH + kv * H, h.k * H}, {NH + KH + kv * H, h.k * H}});
-    output_blocks_.push_back({{h.first_head * H, h.n * H}});
+ops::Heads heads_of_part(const models::Spec& spec, int64_t P, int64_t p, int64_t parts, int64_t g) {
+  const ops::Heads all = heads_of_rank(spec, P, p);
+  const int64_t kv = all.first_head / all.G, from = g * all.k / parts, to = (g + 1) * all.k / parts;
+  const int64_t first = std::max(all.first_head, (kv + from) * all.G), end = std::min(all.first_head + all.n, (kv + to) * all.G);
+  return {.n = std::max<int64_t>(0, end - first), .k = to - from, .H = all.H, .G = all.G, .first_head = first};
+}
+
+bool parts_are_alike(const models::Spec& spec, int64_t P, int64_t parts) {
+  const ops::Heads one = heads_of_part(spec, P, 0, parts, 0);
+  for (int64_t p = 0; p < P; ++p)
+    for (int64_t g = 0; g < parts; ++g)
+      if (const ops::Heads h = heads_of_part(spec, P, p, parts, g); h.n != one.n || h.k != one.k || h.n != h.k * h.G || h.n == 0) return false;
+  return true;
+}
+
+int64_t Spread::mine_before(int64_t part) const { return std::accumulate(mine.begin(), mine.begin() + part, int64_t{0}); }
+
+ToHeads::ToHeads(ops::Ops& ops, const Spread& spread, ops::Held x_s, const char* what) : ops_(&ops), spread_(&spread) {
+  if (spread.P == 1) {
+    received_ = std::move(x_s);
+    return;
   }
+  send_ = ops::Held(ops, 1, packed_elements(spread), (*x_s).dtype, ops::Kind::kCommunication, "exchange: packed by rank");
+  ops.pack_columns(send_, x_s, spread.blocks);
+  x_s.reset();
+  received_ = ops::Held(ops, spread.s * spread.P, sum(spread.mine), (*send_).dtype, ops::Kind::kActivations, what);
 }
 
-ops::Held Ulysses::to_heads(ops::Buffer x_s, const ops::ColumnBlocks& blocks, const char* what) const {
-  const int64_t s = options_.s, mine = width(blocks[p_]);
-  const std::vector<int64_t> send_elements = widths(blocks, s), receive_elements(P_, s * mine);
-  ops::Held received(ops_, s * P_, mine, x_s.dtype, ops::Kind::kActivations, what);
-  ops::Held send(ops_, 1, sum(send_elements), x_s.dtype, ops::Kind::kCommunication, "exchange: packed by rank");
-  ops_.pack_columns(send, x_s, blocks);
-  ops_.wait(ops_.all_to_all(received, send, ops::Group::kSequence, receive_elements, send_elements));
-  return received;
+void ToHeads::start(int64_t part) {
+  if (spread_->P == 1 || part < static_cast<int64_t>(events_.size())) return;
+  const Packed from = packed(*spread_, part);
+  events_.push_back(ops_->all_to_all(spread_->part(received_, part), (*send_).column_range(from.before, sum(from.elements)), ops::Group::kSequence, equal_elements(*spread_, part), from.elements));
 }
 
-ops::Held Ulysses::to_tokens(ops::Held x_S, const ops::ColumnBlocks& blocks, int64_t columns, ops::Kind kind, const char* what) const {
-  const int64_t s = options_.s;
-  const std::vector<int64_t> receive_elements = widths(blocks, s), send_elements(P_, s * width(blocks[p_]));
-  ops::Held received(ops_, 1, sum(receive_elements), (*x_S).dtype, ops::Kind::kCommunication, "exchange: received by rank");
-  ops_.wait(ops_.all_to_all(received, x_S, ops::Group::kSequence, receive_elements, send_elements));
+ops::Buffer ToHeads::wait(int64_t part) {
+  start(part);
+  if (spread_->P > 1) ops_->wait(events_[static_cast<size_t>(part)]);
+  if (part + 1 == spread_->num_parts()) send_.reset();
+  return spread_->part(received_, part);
+}
+
+void ToTokens::start(const ops::Buffer& x_S) {
+  if (spread_.P == 1) return;
+  const int64_t part = static_cast<int64_t>(events_.size());
+  if (!received_.exists()) received_ = ops::Held(ops_, 1, packed_elements(spread_), x_S.dtype, ops::Kind::kCommunication, "exchange: received by rank");
+  const Packed to = packed(spread_, part);
+  events_.push_back(ops_.all_to_all((*received_).column_range(to.before, sum(to.elements)), spread_.part(x_S, part), ops::Group::kSequence, to.elements, equal_elements(spread_, part)));
+}
+
+ops::Held ToTokens::finish(ops::Held x_S) {
+  if (spread_.P == 1) return x_S;
+  while (static_cast<int64_t>(events_.size()) < spread_.num_parts()) start(x_S);
+  for (const ops::Event e : events_) ops_.wait(e);
   x_S.reset();
-  ops::Held x_s(ops_, s, columns, (*received).dtype, kind, what);
-  ops_.unpack_columns(x_s, received, blocks);
+  ops::Held x_s(ops_, spread_.s, spread_.columns, (*received_).dtype, kind_, what_);
+  ops_.unpack_columns(x_s, received_, spread_.blocks);
+  received_.reset();
   return x_s;
 }
 
-ops::Held Ulysses::qkv_to_heads(ops::Held qkv_s) const {
-  if (alone()) return qkv_s;
-  return to_heads(qkv_s, qkv_blocks_, "q, k, v of my heads");
+Ulysses::Ulysses(ops::Ops& ops, const models::Spec& spec, const Options& options) : ops_(ops), P_(options.exchange_ranks()), heads_(heads_of_rank(spec, P_, P_ == 1 ? 0 : options.mesh.p())) {
+  const int64_t H = spec.H, NH = spec.N * H, KH = spec.K * H, parts = possible_parts(spec, P_, options.exchange_parts), me = P_ == 1 ? 0 : options.mesh.p();
+  qkv_ = {.P = P_, .s = options.s, .columns = spec.qkv_columns(), .blocks = {}, .mine = {}};
+  output_ = {.P = P_, .s = options.s, .columns = spec.query_columns(), .blocks = {}, .mine = {}};
+  for (int64_t g = 0; g < parts; ++g) {
+    for (int64_t r = 0; r < P_; ++r) {
+      const ops::Heads h = heads_of_part(spec, P_, r, parts, g);
+      const int64_t kv = h.first_head / h.G;
+      qkv_.blocks.push_back({{h.first_head * H, h.n * H}, {NH + kv * H, h.k * H}, {NH + KH + kv * H, h.k * H}});
+      output_.blocks.push_back({{h.first_head * H, h.n * H}});
+    }
+    const ops::Heads& h = parts_.emplace_back(heads_of_part(spec, P_, me, parts, g));
+    qkv_.mine.push_back((h.n + 2 * h.k) * H), output_.mine.push_back(h.n * H);
+  }
 }
 
-ops::Held Ulysses::qkv_grad_to_tokens(ops::Held dqkv_S) const {
-  if (alone()) return dqkv_S;
-  return to_tokens(std::move(dqkv_S), qkv_blocks_, qkv_columns_, ops::Kind::kActivations, "gradient of q, k, v");
+ops::Buffer Ulysses::lse_part(const ops::Buffer& lse_Sn, int64_t part) const {
+  const int64_t S = output_.s * P_;
+  return lse_Sn.view(S * output_.mine_before(part) / heads_.H, S, heads(part).n);
 }
-
-ops::Held Ulysses::output_to_tokens(ops::Held o_SnH) const {
-  if (alone()) return o_SnH;
-  return to_tokens(std::move(o_SnH), output_blocks_, output_columns_, ops::Kind::kSaved, "attention output");
-}
-
-ops::Held Ulysses::output_to_heads(ops::Buffer o_sNH) const { return to_heads(o_sNH, output_blocks_, "attention output of my heads"); }
 
 }  // namespace uly::step

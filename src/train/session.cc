@@ -15,6 +15,8 @@
 #include "kernels/optimizer.h"
 #include "launch/environment.h"
 #include "launch/gpus.h"
+#include "launch/nccl.h"
+#include "plan/exchanges.h"
 
 namespace uly::train {
 namespace {
@@ -54,8 +56,9 @@ Session::Session(const Job& job, comm::World& world)
   machine_.disk_bytes = plan::scratch_bytes(recipe_);
   machine_.local_ranks = place ? place->local_world_size : 1;
   // Every rank plans with the least that any has; nobody's GPU is in use before all have looked.
-  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus, -machine_.disk_bytes, machine_.local_ranks});
-  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6], machine_.disk_bytes = -least[7], machine_.local_ranks = least[8];
+  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus, -machine_.disk_bytes, machine_.local_ranks, -int64_t{machine_.nccl_version}});
+  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6], machine_.disk_bytes = -least[7], machine_.local_ranks = least[8], machine_.nccl_version = static_cast<int>(-least[9]);
+  if (machine_.nccl_version == 0 && machine_.nccl_why.empty()) machine_.nccl_why = "another rank cannot load libnccl.so.2";
   // What rank 0 has measured holds for all: the plan depends on it.
   if (!job.rates_path.empty()) plan::use_rates(machine_, plan::read_rates_file(job.rates_path), job.rates_path);
   if (const std::string rates = world_.all().exchange(machine_.measured ? plan::to_json(*machine_.measured).dump() : "")[0]; rates.empty()) machine_.measured.reset();
@@ -182,11 +185,15 @@ void Session::make_engine(const Job& job, int64_t local_rank) {
     engine_ = engine::make_cpu_engine(world_.all(), *sequence_, {.disk_folders = recipe_.memory_disk_folders, .disk_faults = memory::faults_from(job.disk_faults), .delays = job.delays, .rehearsal = job.rehearse});
     return;
   }
-  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .rehearsal = job.rehearse, .disk_folders = recipe_.memory_disk_folders, .disk_faults = memory::faults_from(job.disk_faults), .host_threads = static_cast<int>(std::max<int64_t>(1, machine_.cores / plan::ranks_on_machine(machine_, world_.size()))), .advice = {}};
+  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .rehearsal = job.rehearse, .nccl = plan::choose_exchanges(machine_, world_.size()).nccl, .disk_folders = recipe_.memory_disk_folders, .disk_faults = memory::faults_from(job.disk_faults), .host_threads = static_cast<int>(std::max<int64_t>(1, machine_.cores / plan::ranks_on_machine(machine_, world_.size()))), .advice = {}};
   options.advice = [this, local_rank](int64_t bytes) {
     const int64_t longest = plan::longest_that_fits(recipe_, spec(), machine_, world_.size(), bytes + plan_.besides_bytes);
     return others_on_gpu(local_rank) + (longest > 0 ? fmt::format("; the longest that fits is data.max_length={}", longest) : "");
   };
+  if (options.nccl) {
+    const auto place = launch::place_in_job();
+    launch::prepare_nccl(machine_.gpu_ranks > 1, !place || place->local_world_size == place->world_size);
+  }
   engine_ = engine::make_cuda_engine(launch::program_folder(), world_.all(), *sequence_, options);
 }
 

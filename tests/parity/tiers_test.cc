@@ -2,6 +2,8 @@
 // and updates delayed at random.
 #include <gtest/gtest.h>
 
+#include <fmt/format.h>
+
 #include <filesystem>
 #include <random>
 #include <thread>
@@ -29,11 +31,12 @@ struct Shape {
   int64_t W = 1, P = 1;
   bool tied = false, qk_norm = false;
   Dtype dtype = Dtype::kF32;
+  int64_t N = 4, K = 2;
 };
 
 models::Spec spec_of(const Shape& shape) {
   models::Spec m;
-  m.L = 5, m.D = 32, m.F = 48, m.N = 4, m.K = 2, m.H = 16, m.V = 64;
+  m.L = 5, m.D = 32, m.F = 48, m.N = shape.N, m.K = shape.K, m.H = 16, m.V = 64;
   m.tied_embeddings = shape.tied, m.qk_norm = shape.qk_norm;
   m.norm_eps = 1e-5;
   return m;
@@ -218,6 +221,29 @@ TEST_P(TiersTest, AnotherPlanForEachMicroBatchChangesNoBit) {
 INSTANTIATE_TEST_SUITE_P(Shapes, TiersTest,
                          testing::Values(Shape{.name = "OneRank"}, Shape{.name = "OneRankTiedBf16", .tied = true, .qk_norm = true, .dtype = Dtype::kBf16}, Shape{.name = "TwoShareASequence", .W = 2, .P = 2},
                                          Shape{.name = "FourTiedInTwoReplicas", .W = 4, .P = 2, .tied = true, .qk_norm = true}),
+                         [](const auto& info) { return info.param.name; });
+
+class ExchangePartsTest : public testing::TestWithParam<Shape> {};
+
+// In as many parts as a rank has key-value heads, or more; where nothing is kept, something, everything; lean; with attention again.
+TEST_P(ExchangePartsTest, HeadsInPartsChangeNoBit) {
+  const std::vector<Variant> kept = {{"inputs and outputs kept", [](step::Options&) {}},
+                                     {"levels of all kinds", [](step::Options& o) { all_layers(o, [](step::LayerKeep& k, size_t l) { k.level = static_cast<step::Keep>(l % 4), k.projections_tier = l % 3 ? Tier::kHost : Tier::kDevice; }); }},
+                                     {"attention again, lean", [](step::Options& o) { all_layers(o, [](step::LayerKeep& k, size_t l) { k.input = l == 0, k.output = false; }), o.rebuilt_inputs = 2, o.lean = true, o.rebuilt_tier = Tier::kHost; }}};
+  for (const Variant& variant : kept) {
+    const auto whole = train_all(GetParam(), variant, 0);
+    for (const int64_t parts : {2, 3, 8}) {
+      SCOPED_TRACE(fmt::format("{}, {} parts", variant.name, parts));
+      const Variant split{"", [&](step::Options& o) { variant.change(o), o.exchange_parts = parts; }};
+      EXPECT_TRUE(train_all(GetParam(), split, 23) == whole);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, ExchangePartsTest,
+                         testing::Values(Shape{.name = "TwoRanksFourOfEight", .W = 2, .P = 2, .N = 16, .K = 8}, Shape{.name = "FourRanksBf16", .W = 4, .P = 4, .tied = true, .qk_norm = true, .dtype = Dtype::kBf16, .N = 16, .K = 8},
+                                         Shape{.name = "FourRanksUnevenHeads", .W = 4, .P = 4, .N = 10, .K = 10}, Shape{.name = "FourRanksSharedKeyValueHeads", .W = 4, .P = 4, .qk_norm = true, .N = 14, .K = 7},
+                                         Shape{.name = "FourRanksThreeOfWhichShareAHead", .W = 4, .P = 4, .N = 4, .K = 1}, Shape{.name = "TwoReplicasOfTwo", .W = 4, .P = 2, .N = 6, .K = 6}),
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace

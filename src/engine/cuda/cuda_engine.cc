@@ -38,9 +38,14 @@ CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOpti
   scratch_ = Memory(Place::kDevice, options.scratch_bytes);
   gemm_.emplace(stream_, gemm_workspace_.base(), options.deterministic);
   attention_.emplace(stream_);
+  if (!options.nccl) return;
+  // Of one rank only where there is no other: then for tests.
+  for (const ops::Group which : {ops::Group::kWorld, ops::Group::kSequence})
+    if (group(which).size() > 1 || world.size() == 1) nccl_[static_cast<size_t>(which)].emplace(group(which), options.exchange_timeout);
 }
 
 CudaEngine::~CudaEngine() {
+  for (auto& nccl : nccl_) nccl.reset();  // first: streams wait for exchanges, which a failure ends
   for (cudaStream_t stream : {stream_, to_host_, to_device_, disk_stream_}) cudaStreamSynchronize(stream);
   disk_.reset(), host_.reset();
   for (HostMemory* host : {&run_host_, &step_host_}) release_host(*host);
@@ -165,6 +170,18 @@ void CudaEngine::out_of_memory(int64_t bytes) {
 }
 
 void CudaEngine::finish() {
+  // A peer that is gone is noticed here.
+  const auto working = [&](cudaStream_t stream) {
+    const cudaError_t error = cudaStreamQuery(stream);
+    if (error != cudaErrorNotReady) check(error, where().c_str());
+    return error != cudaSuccess;
+  };
+  for (auto& nccl : nccl_)
+    while (nccl && (working(nccl->stream()) || working(stream_))) {
+      for (auto& each : nccl_)
+        if (each) each->look();
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
   for (cudaStream_t stream : {stream_, to_host_, to_device_, disk_stream_}) check(cudaStreamSynchronize(stream), where().c_str());
   if (disk_) disk_->tasks().finish();
   if (host_) host_->finish();
@@ -331,7 +348,17 @@ void CudaEngine::attention_grad(ops::Buffer dqkv, ops::Buffer d_o, ops::Buffer q
   else flash_backward(a, starts, static_cast<std::byte*>(address(table_)) + table_used_, stream_, options_.device);
 }
 
-// --- exchanges, through pinned host memory
+// --- exchanges: by NCCL, or through pinned host memory
+
+ops::Event CudaEngine::exchange_by(Nccl& nccl, const char* name, const std::function<void()>& start) {
+  rethrow();
+  begin_beside(nccl.stream());
+  {
+    const Range r(timers_, Work::kExchange, name, nccl.stream());
+    start();
+  }
+  return end_beside(nccl.stream());
+}
 
 Memory CudaEngine::pinned(int64_t bytes) {
   if (bytes == 0) return Memory();
@@ -359,21 +386,25 @@ ops::Event CudaEngine::exchange(const ops::Buffer& to, const ops::Buffer& from, 
 }
 
 ops::Event CudaEngine::all_to_all(ops::Buffer received, ops::Buffer send, ops::Group which, const std::vector<int64_t>& receive_elements, const std::vector<int64_t>& send_elements) {
+  if (Nccl* n = nccl(which)) return exchange_by(*n, "all_to_all", [&] { n->all_to_all(address(received), address(send), in_bytes(receive_elements, received.dtype), in_bytes(send_elements, send.dtype)); });
   return exchange(received, send, [&](void* to, void* from) { return group(which).all_to_all(to, from, in_bytes(receive_elements, received.dtype), in_bytes(send_elements, send.dtype)); });
 }
 
 ops::Event CudaEngine::all_gather(ops::Buffer whole, ops::Buffer shard, ops::Group which) {
+  if (Nccl* n = nccl(which)) return exchange_by(*n, "all_gather", [&] { n->all_gather(address(whole), address(shard), shard.bytes()); });
   return exchange(whole, shard, [&](void* to, void* from) { return group(which).all_gather(to, from, shard.bytes()); });
 }
 
 ops::Event CudaEngine::scatter(ops::Buffer received, ops::Buffer whole, ops::Group which) {
   const int64_t ranks = group(which).size();
   const std::vector<int64_t> each(static_cast<size_t>(ranks), whole.bytes() / ranks);
+  if (Nccl* n = nccl(which)) return exchange_by(*n, "scatter", [&] { n->all_to_all(address(received), address(whole), each, each); });
   return exchange(received, whole, [&](void* to, void* from) { return group(which).all_to_all(to, from, each, each); });
 }
 
 ops::Event CudaEngine::all_reduce(ops::Buffer x, ops::Group which) {
   ULY_CHECK(x.dtype == Dtype::kF64, "sums over ranks are fp64");
+  if (Nccl* n = nccl(which)) return exchange_by(*n, "all_reduce", [&] { n->all_reduce_sum(static_cast<double*>(address(x)), x.elements()); });
   return exchange(x, x, [&](void* to, void* from) {
     std::memcpy(to, from, static_cast<size_t>(x.bytes()));
     return group(which).all_reduce_sum(static_cast<double*>(to), x.elements());

@@ -1,5 +1,5 @@
 // The engine on an NVIDIA GPU: GEMMs by cuBLASLt, attention by cuDNN (or ATen's flash attention), everything else by
-// kernels/*.cu, all on one stream; copies to and from host and disk on three others. Built into libulysses_cuda.so, which is
+// kernels/*.cu, all on one stream; copies to and from host and disk on three others, exchanges by NCCL on one a group. Built into libulysses_cuda.so, which is
 // loaded where a GPU is asked for (engine/make.h).
 //
 // Memory      the arenas, by cudaMalloc, on the host registered with CUDA; besides kGemmWorkspaceBytes and scratch for kernels,
@@ -7,6 +7,7 @@
 // Threads     the launching one; one for the disk and one for updates on the host, which call nothing of CUDA (flags.h)
 #pragma once
 
+#include <array>
 #include <deque>
 #include <functional>
 #include <optional>
@@ -16,6 +17,7 @@
 #include "engine/cuda/disk_moves.h"
 #include "engine/cuda/gemm.h"
 #include "engine/cuda/memory.h"
+#include "engine/cuda/nccl.h"
 #include "engine/cuda/range.h"
 #include "engine/cuda/tasks.h"
 #include "engine/engine.h"
@@ -111,6 +113,9 @@ class CudaEngine final : public Engine {
   DiskMoves::At on_disk(const ops::Buffer& b) const { return {.life = b.life, .place = place_bytes(b)}; }
   // Throws what has failed beside.
   void rethrow();
+  // By NCCL, in place; null where ranks exchange through host memory.
+  Nccl* nccl(ops::Group which) { return nccl_[static_cast<size_t>(which)] ? &*nccl_[static_cast<size_t>(which)] : nullptr; }
+  ops::Event exchange_by(Nccl& nccl, const char* name, const std::function<void()>& start);
   // An exchange through host memory: waits for what `from` is computed by, starts; wait() brings the result to `to`.
   ops::Event exchange(const ops::Buffer& to, const ops::Buffer& from, const std::function<comm::Work(void* to, void* from)>& start);
   Range range(Work work, const char* name) { return Range(timers_, work, name, stream_); }
@@ -122,6 +127,7 @@ class CudaEngine final : public Engine {
   size_t events_used_ = 0;
   Memory run_, step_, gemm_workspace_, scratch_;
   HostMemory run_host_, step_host_;
+  std::array<std::optional<Nccl>, 2> nccl_;  // by group
   std::optional<DiskMoves> disk_;
   std::optional<Tasks> host_;  // updates
   std::optional<Gemm> gemm_;
