@@ -299,7 +299,7 @@ Rates rates_for(const Plan& plan, const recipe::Recipe& r, const Machine& machin
   const double share = 1.0 / static_cast<double>(ranks);
   rates.disk_bytes *= share, rates.host_update_bytes *= share;
   if (machine.cuda) {  // between GPUs nothing was measured
-    rates.sequence_bytes = preset.sequence_bytes, rates.world_bytes = preset.world_bytes;
+    rates.sequence_bytes = preset.sequence_bytes, rates.gather_bytes = preset.gather_bytes, rates.scatter_bytes = preset.scatter_bytes;
     return rates;
   }
   for (double Rates::*rate : {&Rates::gemm_flops, &Rates::attention_forward_flops, &Rates::attention_backward_flops, &Rates::device_bytes, &Rates::to_host_bytes, &Rates::to_device_bytes}) rates.*rate *= share;
