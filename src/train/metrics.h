@@ -37,7 +37,7 @@ class Metrics {
   Metrics(const recipe::Recipe& recipe, const models::Spec& spec, int64_t total_steps, int64_t ranks, bool on);
 
   void step(const StepFigures& f);
-  // `speaks`: on the terminal too.
+  // `speaks`: on the terminal too, also where steps have no metrics.
   void evaluation(const EvalFigures& f, bool speaks);
 
  private:
@@ -46,7 +46,7 @@ class Metrics {
 
   const models::Spec& spec_;
   int64_t total_steps_, ranks_;
-  bool on_;
+  bool first_, on_;
   std::string path_;
   std::ofstream file_;
   std::chrono::steady_clock::time_point begin_;
