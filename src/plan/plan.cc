@@ -208,6 +208,8 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
   for (const step::LayerKeep& k : plan.options.keep) text += fmt::format("{}{}{}{}{}{}{},", static_cast<int>(k.level), k.input, k.output, static_cast<int>(k.input_tier), static_cast<int>(k.output_tier), static_cast<int>(k.projections_tier), static_cast<int>(k.gate_up_tier));
   for (const step::UnitTiers& t : plan.options.tiers) text += fmt::format("{}{}{}{},", static_cast<int>(t.weight), static_cast<int>(t.optimizer), static_cast<int>(t.gradient), t.update_on_host);
   text += fmt::format("|{}", plan.options.exchange_parts);
+  for (const Packed* data : {&plan.train, &plan.eval})
+    if (*data) text += fmt::format("|{}|{}|{}|{}", data->file->num_samples(), data->packs->size(), data->packs->num_tokens, data->padded_tokens);
   text += fmt::format("|{}|{}|{}", plan.options.rebuilt_inputs, plan.options.lean, static_cast<int>(plan.options.rebuilt_tier));
   const XXH128_hash_t h = XXH3_128bits(text.data(), text.size());
   return fmt::format("{:016x}{:016x}", h.high64, h.low64);

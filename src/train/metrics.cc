@@ -25,7 +25,7 @@ std::string human(double n) {  // 1.92K, base 1000
 }  // namespace
 
 Metrics::Metrics(const recipe::Recipe& r, const models::Spec& spec, int64_t total_steps, int64_t ranks, bool on)
-    : spec_(spec), total_steps_(total_steps), ranks_(ranks), on_(on && r.train_log_iter_interval > 0), path_(r.train_log_metrics_path), begin_(std::chrono::steady_clock::now()) {
+    : spec_(spec), total_steps_(total_steps), ranks_(ranks), first_(on), on_(on && r.train_log_iter_interval > 0), path_(r.train_log_metrics_path), begin_(std::chrono::steady_clock::now()) {
   if (!on_) return;
   const std::filesystem::path parent = std::filesystem::path(path_).parent_path();
   std::error_code error;
@@ -66,9 +66,8 @@ void Metrics::write(const Json& line) {
 }
 
 void Metrics::evaluation(const EvalFigures& f, bool speaks) {
-  if (!on_) return;
-  write({{"epoch", f.epoch}, {"eval_loss", f.loss}, {"eval_time", f.seconds}, {"iter", f.iter}, {"tokens", f.tokens}, {"trained_tokens", f.trained_tokens}});
-  if (speaks)
+  if (on_) write({{"epoch", f.epoch}, {"eval_loss", f.loss}, {"eval_time", f.seconds}, {"iter", f.iter}, {"tokens", f.tokens}, {"trained_tokens", f.trained_tokens}});
+  if (first_ && speaks)
     say("Eval iter:  {:>{}}/{}      | eval loss: {:.4f} | {} trained of {} tokens | {}", f.iter, std::to_string(total_steps_).size(), total_steps_, f.loss, format_count(f.trained_tokens), format_count(f.tokens), format_duration(f.seconds));
 }
 

@@ -40,7 +40,7 @@ class Metrics {
   static void forget_after(const recipe::Recipe& recipe, int64_t iter);
 
   void step(const StepFigures& f);
-  // `speaks`: on the terminal too.
+  // `speaks`: on the terminal too, also where steps have no metrics.
   void evaluation(const EvalFigures& f, bool speaks);
 
  private:
@@ -49,7 +49,7 @@ class Metrics {
 
   const models::Spec& spec_;
   int64_t total_steps_, ranks_;
-  bool on_;
+  bool first_, on_;
   std::string path_;
   std::ofstream file_;
   std::chrono::steady_clock::time_point begin_;

@@ -137,6 +137,15 @@ TEST(TokenFileTest, TokensOutsideTheVocabularyAreRefused) {
   EXPECT_EQ(load({0, 99}).labels[0], 99);
 }
 
+TEST(BatchTest, ARankReadsItsOwnTokensAlone) {
+  const TokenFile file(write_tokens({{1, 2, 3, 4, 200, 6, 7, 8}}, {std::vector<uint8_t>(8, 1)}));
+  const auto load = [&](int64_t p) { return make_batch(file, unpacked(file), {0}, 8, 4, p); };
+  EXPECT_EQ(load(0).ids, (std::vector<int64_t>{1, 2}));
+  EXPECT_THROW(load(1), UserError);  // its last label is the token that is not there
+  EXPECT_THROW(load(2), UserError);
+  EXPECT_EQ(load(3).ids, (std::vector<int64_t>{7, 8}));
+}
+
 // With min_iterations few samples come several times an epoch: two copies of the longest may meet.
 TEST(TokenFileTest, ThePlanKnowsThatASampleMayMeetItself) {
   const std::vector<std::vector<int32_t>> documents{std::vector<int32_t>(10, 1), std::vector<int32_t>(4, 1), std::vector<int32_t>(4, 1)};
