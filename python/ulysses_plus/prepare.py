@@ -83,7 +83,7 @@ def prepare(request):
 def _build(request, sources, folder, at, path, provenance):
     from ulysses_plus.documents import check_first, documents
 
-    sources = [sources_.opened(source) for source in sources]
+    sources = [sources_.opened(source, os.path.dirname(path)) for source in sources]
     check_first(request, sources)
     tokenizer = load_tokenizer(folder, request["tokenizer"], at)
     total = sum(len(source) for source in sources)
