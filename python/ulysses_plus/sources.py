@@ -92,9 +92,17 @@ def opened(source, scratch=None):
     return source
 
 
-def columns(source):
-    """The column names of an opened source, of the first row for a JSON file."""
-    return list(getattr(source.rows, "column_names", None) or source[0].keys())
+def columns(source, skip=False):
+    """The column names of an opened source; for a JSON file those of the first row, with `skip` of the first that can be read."""
+    names = getattr(source.rows, "column_names", None)
+    if names:
+        return list(names)
+    for i in range(len(source) if skip else 1):
+        try:
+            return list(source[i].keys())
+        except UserError as error:
+            first = error if i == 0 else first
+    raise first
 
 
 class _Concatenated:

@@ -90,6 +90,7 @@ std::string help() {
       "                        plan: for a machine that one does not have\n"
       "  --explain             plan: what else was considered, and why it was not chosen\n"
       "  --compare KEY=V1,V2   plan: a table, a row for each value; with several, for each combination\n"
+      "  --show N              prepare: print the first N samples, and what of them is trained\n"
       "  --json                plan, rehearse, prepare, doctor: for programs\n"
       "  --version, --help\n"
       "\nExamples\n"
@@ -136,6 +137,8 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     app.add_flag("--explain", options.explain, "what else was considered");
     app.add_option("--compare", options.compare, "KEY=V1,V2,...: a row for each value, or for each combination of several keys'")->allow_extra_args(false);
   }
+  if (std::string_view(verb.name) == "prepare" || std::string_view(verb.name) == "process-data")
+    app.add_option("--show", options.show, "print this many samples, and what of them is trained")->check(CLI::PositiveNumber);
   app.add_option("--profile", options.profile_path, "write a Chrome trace of the last of the first three steps");
   app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests
   app.add_option("--local_rank,--local-rank", ignored, "")->group("");  // other launchers pass it; LOCAL_RANK says it

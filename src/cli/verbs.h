@@ -30,6 +30,7 @@ struct Options {
   WhatIf what_if;
   bool explain = false;      // plan: what else was considered
   std::vector<std::string> compare;  // plan: KEY=V1,V2,...
+  int64_t show = 0;          // prepare: how many samples to print
   int master_port = 0;       // 0: a free one
   std::string dump_folder;   // passed on to the engine
   std::string profile_path;  // passed on to the engine

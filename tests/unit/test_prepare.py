@@ -442,6 +442,32 @@ def test_errors_say_where_and_what(tmp_path, tokenizer_folder, rows, more, error
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_samples_are_skipped_and_counted_on_request(tmp_path, tokenizer_folder, monkeypatch, capsys, processes):
+    monkeypatch.setattr("ulysses_plus.documents.WORTH_PROCESSES", 1)
+    judge, silent = {"messages": [{"role": "judge", "content": "a"}]}, {"messages": [{"role": "user", "content": "a"}]}
+    bad = write_lines(tmp_path / "bad.jsonl", ["oops\n", chat("a", "yes"), judge, silent, chat("b", "no")])
+    good = write_lines(tmp_path / "good.jsonl", [chat("a", "yes"), chat("b", "no")])
+    answer = prepare(request(tmp_path, tokenizer_folder, bad, on_error="skip", num_proc=processes))
+    assert (answer["num_samples"], answer["num_skipped"]) == (2, 3)
+    assert f"skipped 3 of 5 samples; the first: {bad}:1: expected one JSON object" in capsys.readouterr().err
+    assert prepare(request(tmp_path, tokenizer_folder, bad, on_error="skip"))["cached"]
+    assert token_file.read(answer["tokens"]) == token_file.read(prepare(request(tmp_path, tokenizer_folder, good))["tokens"])
+    with pytest.raises(UserError, match="bad.jsonl:1: expected one JSON object"):
+        prepare(request(tmp_path, tokenizer_folder, bad))
+    with pytest.raises(UserError, match="none of 2 samples can be trained on; the first: .*judge"):
+        prepare(request(tmp_path, tokenizer_folder, write_lines(tmp_path / "none.jsonl", [judge, silent]), on_error="skip"))
+
+
+def test_shown_samples_are_the_whole_text_in_pieces(tmp_path, tokenizer_folder):
+    path = write_lines(tmp_path / "chats.jsonl", [chat("a 😀", "yes 日本語"), chat("b", "no"), chat("c", "no")])
+    samples = prepare({**request(tmp_path, tokenizer_folder, path), "show": 2})["samples"]
+    assert [[(piece["text"], piece["trained"]) for piece in sample["pieces"]] for sample in samples] == [
+        [("<|im_start|>user\na 😀<|im_end|>\n<|im_start|>assistant\n", False), ("yes 日本語<|im_end|>", True), ("\n", False)],
+        [("<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n", False), ("no<|im_end|>", True), ("\n", False)],
+    ]
+
+
 def test_a_tokenizer_without_a_template_is_an_error(tmp_path):
     make_tokenizer(template=None).save_pretrained(tmp_path / "bare")
     path = write_lines(tmp_path / "chats.jsonl", [chat()])
