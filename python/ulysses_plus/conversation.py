@@ -9,6 +9,8 @@ ROLES = {
     "system": "system", "developer": "developer", "tool": "tool", "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
 }
+# Columns of sets with one question and one answer a row: prompt and completion, Alpaca. `input` adds to the question, `system` precedes it.
+COLUMN_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response"))
 # Well-known sets: the columns or list items that hold each role's text.
 KNOWN_ROLES = {
     "nvidia/AceMath-Instruct-Training-Data": {"user": "messages.role.user", "assistant": "messages.role.assistant"},
@@ -29,7 +31,7 @@ def make_reader(mapping, columns, name, where):
     """Returns f(row, sample) -> [(role, text), ...] for a source.
 
     mapping   the source's mapping: role_mapping and content_key decide; else known sets, then the columns `messages`
-              or `conversations`, then the columns `user` and `assistant`
+              or `conversations`, then a pair of COLUMN_PAIRS, then the columns `user` and `assistant`
     columns   the column names found
     Raises UserError here for a mapping that the columns do not bear, and in f for a sample that does not fit; both
     name the source, f also the sample.
@@ -45,6 +47,9 @@ def make_reader(mapping, columns, name, where):
         column = next((c for c in ("messages", "conversations", "conversation") if c in columns), None)
         if column is not None:
             return lambda row, sample: _from_list(row, column, content_key, f"{where}: {name}, sample {sample}")
+        if pair := next((wanted for wanted in COLUMN_PAIRS if set(wanted) <= set(columns) and not {"user", "assistant"} <= set(columns)), None):
+            asked, answered = pair
+            return lambda row, sample: _from_pair(row, asked, answered, content_key, f"{where}: {name}, sample {sample}")
         roles = DEFAULT_ROLES
     steps = _steps(roles, columns, name, where)
     return lambda row, sample: _from_mapping(row, steps, content_key, f"{where}: {name}, sample {sample}")
@@ -90,11 +95,34 @@ def _from_mapping(row, steps, content_key, at):
     return _kept(turns, at)
 
 
+def _from_pair(row, asked, answered, content_key, at):
+    """One question and one answer; either may be a list of messages, as in conversational prompt/completion sets."""
+    turns = []
+    for column, role in (("system", "system"), (asked, "user"), (answered, "assistant")):
+        value = row.get(column)
+        if column not in row and column != "system":
+            raise UserError(f"{at}: expected the column {column}, found {', '.join(row)}: correct the sample")
+        if isinstance(value, list):
+            turns += _turns(value, column, content_key, at)
+            continue
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{at}: expected text in the column {column}, found {type(value).__name__}: correct the sample")
+        more = row.get("input") if column == "instruction" else None
+        if more is not None and not isinstance(more, str):
+            raise UserError(f"{at}: expected text in the column input, found {type(more).__name__}: correct the sample")
+        turns.append((role, "\n\n".join(part for part in (value, more) if part)))
+    return _kept(turns, at)
+
+
 def _from_list(row, column, content_key, at):
     if column not in row:
         raise UserError(f"{at}: expected the column {column}, found {', '.join(row)}: correct the sample")
+    return _kept(_turns(row[column], column, content_key, at), at)
+
+
+def _turns(value, column, content_key, at):
     turns = []
-    for item in _items(row[column], column, at):
+    for item in _items(value, column, at):
         given = item.get("role", item.get("from"))
         role = ROLES.get(str(given).lower())
         if role is None:
@@ -103,7 +131,7 @@ def _from_list(row, column, content_key, at):
                 f"{'none' if given is None else given}: set role_mapping in the source"
             )
         turns.append((role, _content(item, content_key, at)))
-    return _kept(turns, at)
+    return turns
 
 
 def _items(value, column, at):

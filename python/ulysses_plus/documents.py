@@ -17,19 +17,24 @@ def documents(request, sources, tokenizer):
     """Yields (ids, flags) for every sample of every source, in order.
 
     Raises UserError, naming source and sample, for a sample that cannot be trained on; for samples without an assistant
-    turn after all have been read.
+    turn after all have been read. With `on_error: skip` yields for these the sentence, a str, in their place.
     """
+    skip = skips(request)
     where = place(request["where"], "tokenizer.name_or_path")
     name = f"{where}: {request['tokenizer']}"
     if request["type"] == "causal":
-        encode = _TextEncoder(sources, tokenizer)
+        encode = _TextEncoder(sources, tokenizer, skip)
     else:
-        encode = _ChatEncoder(sources, tokenizer, name, request["data"])
+        encode = _ChatEncoder(sources, tokenizer, name, request["data"], skip)
     silent, spoken = [], 0
     for source, sample, ids, flags, answered in _mapped(encode, sources, request["data"].get("num_proc") or 1):
-        if answered:
+        if isinstance(ids, UserError):
+            yield str(ids)
+        elif answered:
             spoken += 1
             yield ids, flags
+        elif skip:
+            yield f"{source.where}: {source.name}, sample {sample}: expected an assistant turn, found none"
         else:
             silent.append((source, sample))
     if not silent:
@@ -44,18 +49,24 @@ def documents(request, sources, tokenizer):
     raise UserError(f"{at}, sample {sample}: expected an assistant turn, found none{more}: remove the sample or set mask_inputs to false")
 
 
+def skips(request):
+    return request["data"].get("on_error") == "skip"
+
+
 def check_first(request, sources):
     """Reads the first chat of every source: a wrong mapping is said before a tokenizer is loaded."""
     for source in sources if request["type"] == "sft" else ():
-        make_reader(source.mapping, columns(source), source.name, source.where)(source[0], source.row_number(0))
+        read = make_reader(source.mapping, columns(source, skips(request)), source.name, source.where)
+        if not skips(request):
+            read(source[0], source.row_number(0))
 
 
 class _ChatEncoder:
-    def __init__(self, sources, tokenizer, name, data):
-        self.sources = sources
+    def __init__(self, sources, tokenizer, name, data, skip):
+        self.sources, self.skip = sources, skip
         self.mask_inputs = data.get("mask_inputs", True)
         self.chat = ChatTokenizer(tokenizer, name, self.mask_inputs, data.get("ignore_empty_think", False))
-        self.readers = [make_reader(s.mapping, columns(s), s.name, s.where) for s in sources]
+        self.readers = [make_reader(s.mapping, columns(s, skip), s.name, s.where) for s in sources]
 
     def __call__(self, which, i):
         source = self.sources[which]
@@ -68,12 +79,12 @@ class _ChatEncoder:
 class _TextEncoder:
     """One document a text: BOS and EOS around it where the tokenizer has them; all but the first token are targets."""
 
-    def __init__(self, sources, tokenizer):
-        self.sources, self.tokenizer = sources, tokenizer
+    def __init__(self, sources, tokenizer, skip):
+        self.sources, self.tokenizer, self.skip = sources, tokenizer, skip
         self.columns = [self._column(source) for source in sources]
 
     def _column(self, source):
-        found, wanted = columns(source), source.mapping.get("column") or "text"
+        found, wanted = columns(source, self.skip), source.mapping.get("column") or "text"
         if wanted not in found and len(found) == 1 and not source.mapping.get("column"):
             return found[0]
         if wanted not in found:
@@ -119,7 +130,17 @@ def _labelled(sources, block, results):
 
 def _block(encode, block):
     which, first, last = block
-    return [encode(which, i) for i in range(first, last)]
+    return [_encoded(encode, which, i) for i in range(first, last)]
+
+
+def _encoded(encode, which, i):
+    """(ids, flags, answered); with on_error: skip the error in place of ids."""
+    try:
+        return encode(which, i)
+    except UserError as error:
+        if not encode.skip:
+            raise
+        return error, b"", False
 
 
 def _start(encode):

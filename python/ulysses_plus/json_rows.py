@@ -1,70 +1,60 @@
-"""Rows of a .jsonl or .json file (also .gz), one dict a row, read when asked for; errors name file and line."""
+"""Rows of a .jsonl or .json file (also .gz, .zst, .xz, .bz2), one dict a row, read when asked for; errors name file and line."""
 
 import array
+import bz2
+import errno
 import gzip
 import json
+import lzma
 import os
+import shutil
+import tempfile
 
 from ulysses_plus.errors import UserError, one_line
 
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
+PLAIN = (".jsonl", ".json", ".ndjson")
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+SUFFIXES = PLAIN + tuple(plain + more for plain in PLAIN for more in COMPRESSED)
 
 
 class JsonRows:
     """A sequence of dicts out of one file.
 
-    Holds 8 bytes a row for plain files with one object a line, and the decoded text for .gz files and JSON arrays.
+    scratch   folder for what a compressed file holds: a file without a name, gone with the process; by default TMPDIR
+    Holds 16 bytes a row for files with one object a line, and the decoded rows of JSON arrays.
     Raises UserError (file and line) for what is not JSON, when that row is read.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, scratch=None):
         self.path = path
-        self.x_file = None
         self.x_rows = None       # the decoded rows of a JSON array
-        self.x_lines = None      # the lines of a .gz file: (line number, bytes)
-        self.x_offsets = None    # byte offset of each row of a plain file
-        self.x_numbers = None    # its line number
-        if path.endswith(".gz"):
-            try:
-                with gzip.open(path, "rb") as file:
-                    lines = file.read().split(b"\n")
-            except (OSError, EOFError) as error:
-                raise UserError(f"{path}: expected a gzip file, found a broken one: {one_line(error)}") from error
-            self.x_lines = [(i + 1, line) for i, line in enumerate(lines) if line.strip()]
-            if self.x_lines and not _is_object(self.x_lines[0][1]):
-                self.x_rows = self._whole(b"\n".join(lines))
+        self.x_offsets = array.array("q")    # byte offset of each row, and the end
+        self.x_numbers = array.array("q")    # its line number
+        self.x_file = file = _decompressed(path, scratch) if path.endswith(COMPRESSED) else open(path, "rb")
+        bare = path.removesuffix(next((more for more in COMPRESSED if path.endswith(more)), ""))
+        first = next((line for line in file if line.strip()), b"")
+        file.seek(0)
+        if first and not _is_object(first) and not bare.endswith((".jsonl", ".ndjson")):
+            self.x_rows = self._whole(file.read())
             return
-        with open(path, "rb") as file:
-            first = next((line for line in file if line.strip()), b"")
-            file.seek(0)
-            if first and not _is_object(first) and not path.endswith((".jsonl", ".ndjson")):
-                self.x_rows = self._whole(file.read())
-                return
-            self.x_offsets, self.x_numbers = array.array("q"), array.array("q")
-            offset = 0
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    self.x_offsets.append(offset)
-                    self.x_numbers.append(number)
-                offset += len(line)
+        offset = 0
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                self.x_offsets.append(offset)
+                self.x_numbers.append(number)
+            offset += len(line)
+        self.x_offsets.append(offset)
 
     def __len__(self):
-        if self.x_rows is not None:
-            return len(self.x_rows)
-        return len(self.x_offsets if self.x_offsets is not None else self.x_lines)
+        return len(self.x_numbers) if self.x_rows is None else len(self.x_rows)
 
     def __getitem__(self, index):
         if self.x_rows is not None:
             row, number = self.x_rows[index], None
-        elif self.x_lines is not None:
-            number, line = self.x_lines[index]
-            row = self._decoded(line, number)
         else:
-            if self.x_file is None or self.x_file[0] != os.getpid():
-                self.x_file = (os.getpid(), open(self.path, "rb"))
-            self.x_file[1].seek(self.x_offsets[index])
-            number = self.x_numbers[index]
-            row = self._decoded(self.x_file[1].readline(), number)
+            # pread: processes forked from this one share the file's position.
+            start, number = self.x_offsets[index], self.x_numbers[index]
+            row = self._decoded(os.pread(self.x_file.fileno(), self.x_offsets[index + 1] - start, start), number)
         if not isinstance(row, dict):
             place = f"{self.path}:{number}" if number else f"{self.path}, item {index}"
             raise UserError(f"{place}: expected a JSON object, found {_kind(row)}: write one chat as one object")
@@ -101,6 +91,32 @@ class JsonRows:
         if not isinstance(value, list):
             raise UserError(f"{self.path}: expected a JSON array of objects, found {_kind(value)}")
         return value
+
+
+def _decompressed(path, scratch):
+    """Returns an open file without a name that holds what the compressed file `path` does."""
+    kind = path.rsplit(".", 1)[-1]
+    file = tempfile.TemporaryFile(dir=scratch)
+    try:
+        with open(path, "rb"):
+            pass    # a file that cannot be opened is no broken one
+        with _OPENERS[kind](path) as packed:
+            shutil.copyfileobj(packed, file, 1 << 20)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EACCES):
+            raise
+        raise UserError(f"{path}: expected a .{kind} file, found a broken one: {one_line(error)}") from error
+    file.seek(0)
+    return file
+
+
+def _open_zst(path):
+    import pyarrow    # of `datasets`; Python itself reads .zst from 3.14 on
+
+    return pyarrow.input_stream(path, compression="zstd")
+
+
+_OPENERS = {"gz": gzip.open, "xz": lzma.open, "bz2": bz2.open, "zst": _open_zst}
 
 
 def _is_object(line):

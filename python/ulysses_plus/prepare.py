@@ -2,7 +2,7 @@
 
 Makes (or finds in the cache) the token file of a recipe's data and prints one line of JSON on stdout:
 
-    {"tokens": PATH, "num_samples": n, "longest": tokens, "num_tokens": t, "num_trained_tokens": k, "cached": bool}
+    {"tokens": PATH, "num_samples": n, "longest": tokens, "num_tokens": t, "num_trained_tokens": k, "num_skipped": m, "cached": bool}
 
 REQUEST.json:
     type         "sft" (chats) or "causal" (plain text)
@@ -10,6 +10,8 @@ REQUEST.json:
     vocab_size   the model's; a token id at or above it is refused
     data         the recipe's data section, defaults filled in, sources as mappings
     sources_key  "sources" (default) or "eval_sources": which list to prepare
+    show         so many samples are added, from the first on:
+                 "samples": [{"num_tokens": t, "num_trained_tokens": k, "pieces": [{"text": "...", "trained": bool}, ...]}, ...]
     where        {"data.sources": "run.yml:9", ...}: places for errors; "data.sources[1].name_or_path" is tried first
 
 Progress goes to stderr. Processes that want the same file build it once: the others wait. See errors.py for how it ends.
@@ -77,26 +79,63 @@ def prepare(request):
             f"{at}: expected token ids below the model's vocabulary of {vocab_size}, found {vocabulary - 1}: "
             "use the tokenizer that belongs to the model"
         )
-    return {"tokens": path, **summary, "cached": cached}
+    answer = {"tokens": path, "num_skipped": 0, **summary, "cached": cached}
+    if request.get("show"):
+        answer["samples"] = _shown(path, load_tokenizer(folder, request["tokenizer"], at), min(request["show"], summary["num_samples"]))
+    return answer
+
+
+def _shown(path, tokenizer, count):
+    """The first samples of a token file as pieces of text, trained and not trained in turn."""
+    from itertools import groupby
+
+    from safetensors import safe_open
+
+    def decoded(ids):
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    samples = []
+    with safe_open(path, framework="numpy") as file:
+        starts = file.get_slice("starts")[: count + 1].tolist()
+        for first, last in zip(starts, starts[1:]):
+            ids, flags = file.get_slice("ids")[first:last].tolist(), file.get_slice("trained")[first:last].tolist()
+            pieces, before, cut = [], 0, 0
+            for trained, run in groupby(flags):
+                end = cut + len(list(run))
+                # Decoded after the piece before it: some tokenizers drop a space that begins a text.
+                known = decoded(ids[before:cut])
+                whole = decoded(ids[before:end])
+                pieces.append({"text": whole[len(known):] if whole.startswith(known) else decoded(ids[cut:end]), "trained": bool(trained)})
+                before, cut = cut, end
+            samples.append({"num_tokens": last - first, "num_trained_tokens": sum(flags), "pieces": pieces})
+    return samples
 
 
 def _build(request, sources, folder, at, path, provenance):
     from ulysses_plus.documents import check_first, documents
 
-    sources = [sources_.opened(source) for source in sources]
+    sources = [sources_.opened(source, os.path.dirname(path)) for source in sources]
     check_first(request, sources)
     tokenizer = load_tokenizer(folder, request["tokenizer"], at)
     total = sum(len(source) for source in sources)
     progress = Progress(total)
     writer = token_file.TokenFileWriter(path)
     try:
-        for ids, flags in documents(request, sources, tokenizer):
-            writer.append(ids, flags)
-            progress.show(writer.num_samples, writer.num_tokens)
-        progress.show(writer.num_samples, writer.num_tokens, last=True)
+        skipped, first = 0, None
+        for document in documents(request, sources, tokenizer):
+            if isinstance(document, str):
+                skipped, first = skipped + 1, first or document
+            else:
+                writer.append(*document)
+            progress.show(writer.num_samples + skipped, writer.num_tokens)
+        progress.show(writer.num_samples + skipped, writer.num_tokens, last=True)
+        if skipped and writer.num_samples == 0:
+            raise UserError(f"none of {skipped} samples can be trained on; the first: {first}")
+        if skipped:
+            print(f"skipped {skipped:,} of {total:,} samples; the first: {first}", file=sys.stderr, flush=True)
         if writer.num_trained_tokens == 0:
             raise UserError(f"{sources[0].where}: expected tokens to train on, found none: check the sources and role_mapping")
-        writer.finish(provenance)
+        writer.finish(provenance, num_skipped=skipped)
     finally:
         writer.discard()
 
@@ -170,6 +209,8 @@ def _options(request, sources):
         {key: source.mapping.get(key) for key in ("type", "role_mapping", "content_key", "column") if source.mapping.get(key)}
         for source in sources
     ]}
+    if data.get("on_error") == "skip":
+        chosen["on_error"] = "skip"
     if request["type"] == "sft":
         chosen["mask_inputs"] = data.get("mask_inputs", True)
         chosen["ignore_empty_think"] = data.get("ignore_empty_think", False)

@@ -9,7 +9,9 @@ import json
 import os
 import random
 import re
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from ulysses_plus.errors import UserError, one_line
 from ulysses_plus.json_rows import SUFFIXES, JsonRows
@@ -76,11 +78,11 @@ def described(mapping, index, request, key):
     return source
 
 
-def opened(source):
-    """Fills in rows and indices. Raises UserError when nothing is left."""
+def opened(source, scratch=None):
+    """Fills in rows and indices. Raises UserError when nothing is left. Compressed files are unpacked into the folder `scratch`."""
     files = _json_files(source)
     if files:
-        source.rows = _Concatenated([JsonRows(file) for file in files])
+        source.rows = _Concatenated([JsonRows(file, scratch) for file in files])
         source.indices = _sliced(len(source.rows), source)
     elif _saved(source.name):
         source.rows = _load_saved(source)
@@ -90,24 +92,30 @@ def opened(source):
     return source
 
 
-def columns(source):
-    """The column names of an opened source, of the first row for a JSON file."""
-    return list(getattr(source.rows, "column_names", None) or source[0].keys())
+def columns(source, skip=False):
+    """The column names of an opened source; for a JSON file those of the first row, with `skip` of the first that can be read."""
+    names = getattr(source.rows, "column_names", None)
+    if names:
+        return list(names)
+    for i in range(len(source) if skip else 1):
+        try:
+            return list(source[i].keys())
+        except UserError as error:
+            first = error if i == 0 else first
+    raise first
 
 
 class _Concatenated:
     def __init__(self, parts):
         self.x_parts = parts
+        self.x_ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self):
-        return sum(len(part) for part in self.x_parts)
+        return self.x_ends[-1]
 
     def __getitem__(self, i):
-        for part in self.x_parts:
-            if i < len(part):
-                return part[i]
-            i -= len(part)
-        raise IndexError(i)
+        part = bisect_right(self.x_ends, i)
+        return self.x_parts[part][i - (self.x_ends[part - 1] if part else 0)]
 
 
 def _split(name, mapping, key):
@@ -122,6 +130,8 @@ def _split(name, mapping, key):
 def _json_files(source):
     """The local JSON files that a source names, or [] if it names something else."""
     name, kwargs = source.name, source.mapping.get("kwargs") or {}
+    if name.endswith(SUFFIXES) and glob.has_magic(name) and not os.path.exists(name):
+        return _matching(name, source, "")
     if name.endswith(SUFFIXES) and (os.path.exists(name) or "/" not in name or name.startswith(("/", ".", "~"))):
         path = os.path.expanduser(name)
         if not os.path.isfile(path):
@@ -144,11 +154,17 @@ def _json_files(source):
     for pattern in patterns:
         if "://" in pattern:
             return []
-        found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if glob.has_magic(pattern) else [pattern]
-        if not found or not all(os.path.isfile(path) for path in found):
-            raise UserError(f"{source.where}: data_files: expected the file {pattern}, found no such file: correct the path")
-        files += found
+        files += _matching(pattern, source, "data_files: ")
     return files
+
+
+def _matching(pattern, source, what):
+    """The files that a path or a glob names, sorted by name; none is an error."""
+    path = os.path.expanduser(pattern)
+    found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+    if not found or not all(os.path.isfile(path) for path in found):
+        raise UserError(f"{source.where}: {what}expected the file {pattern}, found no such file: correct the path")
+    return found
 
 
 def _sliced(count, source):

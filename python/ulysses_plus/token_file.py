@@ -50,11 +50,11 @@ class TokenFileWriter:
             "num_trained_tokens": self.num_trained_tokens,
         }
 
-    def finish(self, provenance):
-        """Puts the file together and renames it into place. `provenance` is a JSON-like dict; the summary joins it."""
+    def finish(self, provenance, **more):
+        """Puts the file together and renames it into place. `provenance` is a JSON-like dict; the summary, with `more`, joins it."""
         self.x_ids.close()
         self.x_trained.close()
-        header = make_header(self.num_samples, self.num_tokens, self.largest_id + 1, {**provenance, "summary": self.summary()})
+        header = make_header(self.num_samples, self.num_tokens, self.largest_id + 1, {**provenance, "summary": {**self.summary(), **more}})
         try:
             with open(self.x_names[2], "wb") as whole:
                 whole.write(header)

@@ -90,6 +90,7 @@ std::string help() {
       "  --explain             plan: what else was considered, and why it was not chosen\n"
       "  --compare KEY=V1,V2   plan: a table, a row for each value; with several, for each combination\n"
       "  --measure [--disk FOLDER ...]   doctor: measure this machine, for the seconds in plans; under a minute\n"
+      "  --show N              prepare: print the first N samples, and what of them is trained\n"
       "  --json                plan, rehearse, prepare, doctor: for programs\n"
       "  --version, --help\n"
       "\nExamples\n"
@@ -137,6 +138,8 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     CLI::Option* measure = app.add_flag("--measure", options.measure, "measure how fast this machine is, for plans");
     app.add_option("--disk", options.disks, "a folder on a disk to be measured too")->allow_extra_args(false)->needs(measure);
   }
+  if (std::string_view(verb.name) == "prepare" || std::string_view(verb.name) == "process-data")
+    app.add_option("--show", options.show, "print this many samples, and what of them is trained")->check(CLI::PositiveNumber);
   app.add_option("--profile", options.profile_path, "write a Chrome trace of the last of the first three steps");
   app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests
   app.add_option("--local_rank,--local-rank", ignored, "")->group("");  // other launchers pass it; LOCAL_RANK says it

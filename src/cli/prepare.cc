@@ -1,6 +1,9 @@
 #include <fmt/format.h>
 
+#include <unistd.h>
+
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 
 #include "base/check.h"
@@ -18,6 +21,69 @@ bool has_weights(const std::string& folder) {
   for (const auto& entry : fs::directory_iterator(folder, error))
     if (entry.path().extension() == ".safetensors") return true;
   return false;
+}
+
+// What ulysses_plus.prepare says; see there. The first `show` samples come along as pieces of text, trained and not in turn.
+Json ask_to_prepare(const recipe::Recipe& recipe, const models::Spec& spec, int64_t show) {
+  Json request;
+  request["type"] = recipe.type;
+  request["tokenizer"] = recipe.tokenizer.name_or_path;
+  request["vocab_size"] = spec.V;
+  request["data"] = recipe.data.as_given;
+  request["show"] = show;
+  request["where"] = Json::object();
+  for (const auto& [key, place] : recipe.locations) request["where"][key] = place;
+  return launch::run_python("ulysses_plus.prepare", request);
+}
+
+plan::DataFacts facts_of(const Json& answer) {
+  try {
+    plan::DataFacts facts;
+    facts.tokens_path = answer.at("tokens").get<std::string>();
+    facts.num_samples = answer.at("num_samples").get<int64_t>();
+    facts.longest = answer.at("longest").get<int64_t>();
+    facts.num_tokens = answer.at("num_tokens").get<int64_t>();
+    facts.num_trained_tokens = answer.at("num_trained_tokens").get<int64_t>();
+    return facts;
+  } catch (const Json::exception& e) {
+    throw InternalError(fmt::format("what ulysses_plus.prepare answered is not complete: {}", e.what()));
+  }
+}
+
+// Text as a terminal may see it: control characters, which could steer it, as their pictures (U+2400 ...).
+std::string harmless(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte == 0x7f || (byte < 0x20 && c != '\n' && c != '\t')) {
+      out += "\xe2\x90";
+      out += static_cast<char>(byte == 0x7f ? 0xa1 : 0x80 + byte);
+    } else {
+      out += c;
+    }
+  }
+  return out;
+}
+
+// Prints each sample, what is trained in green; in double brackets where colours would not be seen or are not wanted (NO_COLOR).
+void print_samples(const Json& samples) {
+  const char* const no_color = std::getenv("NO_COLOR");
+  const bool colors = ::isatty(STDOUT_FILENO) == 1 && (no_color == nullptr || *no_color == '\0');
+  const char* const begin = colors ? "\x1b[32m" : "\u27e6";
+  const char* const end = colors ? "\x1b[0m" : "\u27e7";
+  for (size_t i = 0; i < samples.size(); ++i) {
+    const Json& sample = samples[i];
+    fmt::print("sample {}: {} tokens, {} of them trained\n", i + 1, format_count(sample.at("num_tokens").get<int64_t>()),
+               format_count(sample.at("num_trained_tokens").get<int64_t>()));
+    for (const Json& piece : sample.at("pieces")) {
+      const std::string text = harmless(piece.at("text").get<std::string>());
+      if (piece.at("trained").get<bool>())
+        fmt::print("{}{}{}", begin, text, end);
+      else
+        fmt::print("{}", text);
+    }
+    fmt::print("\n\n");
+  }
 }
 
 }  // namespace
@@ -52,39 +118,26 @@ std::string tokenizer_folder(const recipe::Recipe& recipe) {
 }
 
 plan::DataFacts prepare_data(const recipe::Recipe& recipe, const models::Spec& spec) {
-  Json request;
-  request["type"] = recipe.type;
-  request["tokenizer"] = recipe.tokenizer.name_or_path;
-  request["vocab_size"] = spec.V;
-  request["data"] = recipe.data.as_given;
-  request["where"] = Json::object();
-  for (const auto& [key, place] : recipe.locations) request["where"][key] = place;
-  const Json answer = launch::run_python("ulysses_plus.prepare", request);
-  try {
-    plan::DataFacts facts;
-    facts.tokens_path = answer.at("tokens").get<std::string>();
-    facts.num_samples = answer.at("num_samples").get<int64_t>();
-    facts.longest = answer.at("longest").get<int64_t>();
-    facts.num_tokens = answer.at("num_tokens").get<int64_t>();
-    facts.num_trained_tokens = answer.at("num_trained_tokens").get<int64_t>();
-    return facts;
-  } catch (const Json::exception& e) {
-    throw InternalError(fmt::format("what ulysses_plus.prepare answered is not complete: {}", e.what()));
-  }
+  return facts_of(ask_to_prepare(recipe, spec, 0));
 }
 
 int prepare(const Options& options) {
   const recipe::Recipe recipe = recipe::load(options.recipe, options.overrides);
-  const plan::DataFacts facts = prepare_data(recipe, find_model(recipe, Fetch::kConfiguration));
+  const Json answer = ask_to_prepare(recipe, find_model(recipe, Fetch::kConfiguration), options.show);
+  const plan::DataFacts facts = facts_of(answer);
+  const int64_t num_skipped = answer.value("num_skipped", int64_t{0});
   if (options.json) {
-    const Json out = {{"tokens", facts.tokens_path},
-                      {"num_samples", facts.num_samples},
-                      {"longest", facts.longest},
-                      {"num_tokens", facts.num_tokens},
-                      {"num_trained_tokens", facts.num_trained_tokens}};
+    Json out = {{"tokens", facts.tokens_path},
+                {"num_samples", facts.num_samples},
+                {"longest", facts.longest},
+                {"num_tokens", facts.num_tokens},
+                {"num_trained_tokens", facts.num_trained_tokens},
+                {"num_skipped", num_skipped}};
+    if (options.show > 0) out["samples"] = answer.at("samples");
     fmt::print("{}\n", out.dump(2));
     return 0;
   }
+  if (options.show > 0) print_samples(answer.at("samples"));
   fmt::print("{} samples, {} tokens, {} of them trained; the longest has {}\n{}\n", format_count(facts.num_samples), format_count(facts.num_tokens),
              format_count(facts.num_trained_tokens), format_count(facts.longest), facts.tokens_path);
   return 0;

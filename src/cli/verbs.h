@@ -32,6 +32,7 @@ struct Options {
   WhatIf what_if;
   bool explain = false;      // plan: what else was considered
   std::vector<std::string> compare;  // plan: KEY=V1,V2,...
+  int64_t show = 0;          // prepare: how many samples to print
   bool measure = false;      // doctor
   std::vector<std::string> disks;  // doctor --measure: folders
   std::string hostfile;

@@ -1,12 +1,15 @@
 """What is trained and what is not: chats to token ids and flags, checked by hand; errors in one sentence. Offline."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -216,7 +219,21 @@ def test_other_names_for_roles_and_texts():
     assert read(row, {"content_key": "body"}) == [("user", "a")]
 
 
+@pytest.mark.parametrize("row,turns", [
+    ({"prompt": "a", "completion": "b"}, [("user", "a"), ("assistant", "b")]),
+    ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+     [("system", "s"), ("user", "a"), ("assistant", "b")]),
+    ({"instruction": "a", "input": "i", "output": "b"}, [("user", "a\n\ni"), ("assistant", "b")]),
+    ({"instruction": "a", "input": "", "output": "b", "system": "s"}, [("system", "s"), ("user", "a"), ("assistant", "b")]),
+    ({"user": "a", "assistant": "b", "prompt": "x", "completion": "y"}, [("user", "a"), ("assistant", "b")]),
+])
+def test_pairs_of_columns_are_a_question_and_an_answer(row, turns):
+    assert read(row) == turns
+
+
 @pytest.mark.parametrize("row,mapping,error", [
+    ({"prompt": "a", "completion": 5}, {}, "sample 3: expected text in the column completion, found int: correct the sample"),
+    ({"instruction": "a", "input": 5, "output": "b"}, {}, "sample 3: expected text in the column input, found int"),
     ({"prompt": "a"}, {}, "expected the column user for the role user, found the columns prompt"),
     ({"messages": [{"role": "judge", "content": "a"}]}, {}, "sample 3: expected a role among system, user, assistant and tool, found judge"),
     ({"messages": []}, {}, "sample 3: expected a conversation"),
@@ -302,6 +319,32 @@ def test_forms_of_files_agree(tmp_path, tokenizer_folder):
     want = token_file.read(prepare(request(tmp_path, tokenizer_folder, plain))["tokens"])
     for form in forms:
         assert token_file.read(prepare(request(tmp_path, tokenizer_folder, form))["tokens"]) == want
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "xz", "bz2"])
+def test_compressed_files_are_read_as_plain_ones(tmp_path, tokenizer_folder, suffix):
+    plain = Path(write_lines(tmp_path / "a.jsonl", [chat("a", "yes"), "\n", chat("b", "Grüße"), "oops\n"])).read_bytes()
+    packed = tmp_path / f"b.jsonl.{suffix}"
+    with pyarrow.CompressedOutputStream(str(packed), "zstd") if suffix == "zst" else {"gz": gzip, "xz": lzma, "bz2": bz2}[suffix].open(packed, "wb") as file:
+        file.write(plain)
+    with pytest.raises(UserError, match=rf"b.jsonl.{suffix}:4: expected one JSON object on this line"):
+        prepare(request(tmp_path, tokenizer_folder, str(packed)))
+    halves = [{"name_or_path": str(path), "split": "train[:2]"} for path in (tmp_path / "a.jsonl", packed)]
+    a, b = (prepare(request(tmp_path, tokenizer_folder, half)) for half in halves)
+    assert token_file.read(a["tokens"]) == token_file.read(b["tokens"])
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"expected a .{suffix} file, found a broken one"):
+        prepare(request(tmp_path, tokenizer_folder, halves[1]))
+    assert not [name for name in os.listdir(tmp_path / "cache") if not name.endswith((".safetensors", ".lock"))]
+
+
+def test_a_glob_names_files_in_order_of_name(tmp_path, tokenizer_folder):
+    for name, answer in (("b", "no"), ("a", "yes"), ("c", "the")):
+        write_lines(tmp_path / f"part-{name}.jsonl", [chat("a", answer)])
+    ids, flags = token_file.read(prepare(request(tmp_path, tokenizer_folder, str(tmp_path / "part-*.jsonl")))["tokens"])
+    assert [make_tokenizer().decode([i for i, f in zip(*d) if f]) for d in zip(ids, flags)] == ["yes<|im_end|>", "no<|im_end|>", "the<|im_end|>"]
+    with pytest.raises(UserError, match=r"run.yml:9\): expected the file .*other-\*.jsonl, found no such file"):
+        prepare(request(tmp_path, tokenizer_folder, str(tmp_path / "other-*.jsonl")))
 
 
 def test_slices_and_samples(tmp_path, tokenizer_folder):
@@ -397,6 +440,32 @@ def test_errors_say_where_and_what(tmp_path, tokenizer_folder, rows, more, error
     with pytest.raises(UserError, match=error) as raised:
         prepare({**request(tmp_path, tokenizer_folder, path), **more})
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_samples_are_skipped_and_counted_on_request(tmp_path, tokenizer_folder, monkeypatch, capsys, processes):
+    monkeypatch.setattr("ulysses_plus.documents.WORTH_PROCESSES", 1)
+    judge, silent = {"messages": [{"role": "judge", "content": "a"}]}, {"messages": [{"role": "user", "content": "a"}]}
+    bad = write_lines(tmp_path / "bad.jsonl", ["oops\n", chat("a", "yes"), judge, silent, chat("b", "no")])
+    good = write_lines(tmp_path / "good.jsonl", [chat("a", "yes"), chat("b", "no")])
+    answer = prepare(request(tmp_path, tokenizer_folder, bad, on_error="skip", num_proc=processes))
+    assert (answer["num_samples"], answer["num_skipped"]) == (2, 3)
+    assert f"skipped 3 of 5 samples; the first: {bad}:1: expected one JSON object" in capsys.readouterr().err
+    assert prepare(request(tmp_path, tokenizer_folder, bad, on_error="skip"))["cached"]
+    assert token_file.read(answer["tokens"]) == token_file.read(prepare(request(tmp_path, tokenizer_folder, good))["tokens"])
+    with pytest.raises(UserError, match="bad.jsonl:1: expected one JSON object"):
+        prepare(request(tmp_path, tokenizer_folder, bad))
+    with pytest.raises(UserError, match="none of 2 samples can be trained on; the first: .*judge"):
+        prepare(request(tmp_path, tokenizer_folder, write_lines(tmp_path / "none.jsonl", [judge, silent]), on_error="skip"))
+
+
+def test_shown_samples_are_the_whole_text_in_pieces(tmp_path, tokenizer_folder):
+    path = write_lines(tmp_path / "chats.jsonl", [chat("a 😀", "yes 日本語"), chat("b", "no"), chat("c", "no")])
+    samples = prepare({**request(tmp_path, tokenizer_folder, path), "show": 2})["samples"]
+    assert [[(piece["text"], piece["trained"]) for piece in sample["pieces"]] for sample in samples] == [
+        [("<|im_start|>user\na 😀<|im_end|>\n<|im_start|>assistant\n", False), ("yes 日本語<|im_end|>", True), ("\n", False)],
+        [("<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n", False), ("no<|im_end|>", True), ("\n", False)],
+    ]
 
 
 def test_a_tokenizer_without_a_template_is_an_error(tmp_path):
