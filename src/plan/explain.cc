@@ -90,7 +90,7 @@ Json json_of(const data::Amount& a) { return {{"samples", a.samples}, {"tokens",
 // What an epoch is made of, and what became of the rest.
 void Writer::data() {
   if (!plan_.train) {
-    if (r_.data.pack_samples) line("data", "documents are packed once the data is prepared; until then attention is priced as over one document");
+    if (r_.data.pack_samples) line("", "documents are packed once the data is prepared; until then attention is priced as over one document");
     return;
   }
   const data::Packs& p = *plan_.train.packs;
