@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 
 from ulysses_plus.chat import ChatTokenizer
 from ulysses_plus.conversation import make_reader
@@ -145,6 +146,9 @@ def _encoded(encode, which, i):
 
 def _start(encode):
     global _encode
+    # The process that collects the results ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _encode = encode
 
 

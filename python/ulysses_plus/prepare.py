@@ -25,6 +25,7 @@ import glob
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 
@@ -264,6 +265,8 @@ def main(argv):
             request = json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{arguments.request}: expected a request as JSON: {one_line(error)}") from error
+    # Ends as Ctrl-C does: what is half written is removed, processes are ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(json.dumps(prepare(request)), flush=True)
 
 

@@ -7,6 +7,7 @@ import lzma
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow
@@ -416,6 +417,21 @@ def test_processes_that_want_the_same_file_build_it_once(tmp_path, tokenizer_fol
     ]
     answers = [json.loads(process.communicate()[0]) for process in commands]
     assert sorted(answer["cached"] for answer in answers) == [False, True]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_preparation_that_is_told_to_end_leaves_nothing_half_written(tmp_path, tokenizer_folder, processes):
+    path = write_lines(tmp_path / "chats.jsonl", [chat("a " * 500, "yes")] * 20000)
+    (tmp_path / "request.json").write_text(json.dumps(request(tmp_path, tokenizer_folder, path, num_proc=processes)))
+    process = subprocess.Popen([sys.executable, "-m", "ulysses_plus.prepare", "--request", str(tmp_path / "request.json")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT / "python"), "HF_HUB_OFFLINE": "1"})
+    while not list((tmp_path / "cache").glob("*.ids")) and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "interrupted") and "Traceback" not in err
+    assert all(name.endswith(".lock") for name in os.listdir(tmp_path / "cache"))
 
 
 def test_the_command_ends_with_one_sentence(tmp_path, tokenizer_folder):
