@@ -197,7 +197,7 @@ void Loop::maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended) {
 }
 
 void Loop::save(const recipe::Checkpoint& c) {
-  const std::string folder = hub_folder(c, steps_);
+  const std::string folder = save_folder(c, steps_);
   if (!saved_.insert(folder).second) return;
   if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_}, {{"samples", s_.plan().train.packs->size()}});
   s_.flush();
@@ -268,11 +268,11 @@ void Loop::check_targets() {
       if (c.type != "huggingface") {
         checkpoint::make_folder(c.output_dir);
         for (int64_t step = start_.steps + 1; step <= last; ++step)
-          if (step == last || (c.save_every_n_steps > 0 && step % c.save_every_n_steps == 0)) checkpoint::check_state_target(state_folder(c, step));
+          if (step == last || (c.save_every_n_steps > 0 && step % c.save_every_n_steps == 0)) checkpoint::check_state_target(save_folder(c, step));
         continue;
       }
-      for (int64_t step = every; step < last; step += every) checkpoint::check_hub_target(s_.spec(), hub_folder(c, step));
-      checkpoint::check_hub_target(s_.spec(), hub_folder(c, last));
+      for (int64_t step = every; step < last; step += every) checkpoint::check_hub_target(s_.spec(), save_folder(c, step));
+      checkpoint::check_hub_target(s_.spec(), save_folder(c, last));
       checkpoint::check_hub_room(s_.spec(), r_.model.dtype, c.output_dir);
     }
   });

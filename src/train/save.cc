@@ -22,7 +22,7 @@ void on_first(comm::World& world, const std::function<void()>& action) {
   if (!failure.empty()) throw UserError(failure);
 }
 
-std::string hub_folder(const recipe::Checkpoint& c, int64_t step) { return (std::filesystem::path(c.output_dir) / fmt::format("global_step_{}", step)).string(); }
+std::string save_folder(const recipe::Checkpoint& c, int64_t step) { return (std::filesystem::path(c.output_dir) / fmt::format("global_step_{}", step)).string(); }
 
 void save_hub(Session& s, const std::string& folder) {
   std::unique_ptr<checkpoint::HubWriter> writer;

@@ -9,7 +9,7 @@
 namespace uly::train {
 
 // OUTPUT_DIR/global_step_N.
-std::string hub_folder(const recipe::Checkpoint& checkpoint, int64_t step);
+std::string save_folder(const recipe::Checkpoint& checkpoint, int64_t step);
 
 // Writes a checkpoint into `folder`. Collective; rank 0 writes, all ranks learn of a failure.
 void save_hub(Session& session, const std::string& folder);

@@ -72,8 +72,6 @@ bool is_model(const std::string& key) { return key.starts_with("model.hf_config_
 
 }  // namespace
 
-std::string state_folder(const recipe::Checkpoint& c, int64_t steps) { return (fs::path(c.output_dir) / fmt::format("global_step_{}", steps)).string(); }
-
 // --- saving
 
 struct Saver::Save {
@@ -122,7 +120,7 @@ void Saver::save(const recipe::Checkpoint& c, const Progress& progress, const Js
   save_ = std::make_unique<Save>();
   Save& save = *save_;
   save.checkpoint = &c;
-  save.folder = state_folder(c, progress.steps);
+  save.folder = save_folder(c, progress.steps);
   save.facts = {{"step", progress.steps}, {"consumed", progress.consumed}, {"world", s_.mesh().W}, {"plan", s_.plan().hash}, {"recipe", s_.recipe().normalized}, {"model", checkpoint::identity(s_.spec(), s_.units())}};
   save.facts.update(facts);
   save.parts = parts_of(s_);

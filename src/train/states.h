@@ -16,9 +16,6 @@ struct Progress {
   int64_t consumed = 0;  // samples, over all ranks
 };
 
-// Where the state after so many steps lies.
-std::string state_folder(const recipe::Checkpoint& c, int64_t steps);
-
 // A save copies this rank's part of the states to host memory, which the step waits for, and a thread writes them. Where there is no
 // room for a copy it writes at once, and the step waits for that. A save that fails is told and counted; the run goes on, and what was
 // saved before stands. All calls but failures() are collective.

@@ -190,15 +190,14 @@ def test_the_hub_cache_is_where_huggingface_hub_has_it(job, environment, folder)
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["export", "x"], "ulysses export: not available yet"),
     (["selftest"], "ulysses selftest: not available yet"),
     (["report"], "ulysses report: not available yet"),
     (["train"], "expected a recipe, found none"),
     (["plan", "missing.yml"], "missing.yml: cannot read the recipe"),
     (["train", "run.yml", "--nonsense"], "--nonsense"),
     (["train", "run.yml", "epochs"], "expected key.path=value after the recipe, found 'epochs'"),
-    (["train", "run.yml", "-H", "hosts"], "--hostfile: starting ranks on several machines is not available yet; torchrun can"),
-    (["train", "run.yml", "--num_nodes", "2"], "--num_nodes: starting ranks on several machines is not available yet"),
+    (["train", "run.yml", "-H", "hosts"], "--hostfile: hosts cannot be read: No such file or directory"),
+    (["train", "run.yml", "--num_nodes", "2"], "--num_nodes: expected a --hostfile that names the machines"),
     (["train", "run.yml", "--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
     (["train", "run.yml", "--num_gpus", "3"], "sequence_parallel_size (run.yml:3): expected a divisor of 3 ranks, found 2"),
     (["train", "run.yml", "--num_gpus", "0"], "--num_gpus: expected at least 1, found 0"),

@@ -24,6 +24,7 @@ def test_the_tree_includes_only_downward():
     ("kernels/a.cu", "<cuda_runtime.h>"),
     ("cli/engine_main.cc", '"train/train.h"'),
     ("cli/main.cc", '"plan/plan.h"'),
+    ("cli/export.cc", '"kernels/bf16.h"'),
     ("base/a.cc", "<vector>"),
 ])
 def test_takes_what_lies_below(name, include):
