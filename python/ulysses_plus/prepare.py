@@ -123,12 +123,16 @@ def _build(request, sources, folder, at, path, provenance):
     writer = token_file.TokenFileWriter(path)
     try:
         skipped, first = 0, None
+        _Interrupt.waits = True
         for document in documents(request, sources, tokenizer):
+            if _Interrupt.came:
+                raise KeyboardInterrupt
             if isinstance(document, str):
                 skipped, first = skipped + 1, first or document
             else:
                 writer.append(*document)
             progress.show(writer.num_samples + skipped, writer.num_tokens)
+        _Interrupt.waits = False
         progress.show(writer.num_samples + skipped, writer.num_tokens, last=True)
         if skipped and writer.num_samples == 0:
             raise UserError(f"none of {skipped} samples can be trained on; the first: {first}")
@@ -256,6 +260,21 @@ def _key(provenance):
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+class _Interrupt:
+    """SIGINT and SIGTERM end a preparation: what is half written is removed, processes are ended.
+
+    While documents come, the next one sees it: beside a fork Python drops exceptions of a signal's handler.
+    """
+
+    came = waits = False
+
+    @classmethod
+    def handle(cls, *_):
+        cls.came = True
+        if not cls.waits:
+            raise KeyboardInterrupt
+
+
 def main(argv):
     parser = argparse.ArgumentParser(prog="python -m ulysses_plus.prepare", description="Makes the token file of a recipe's data.")
     parser.add_argument("--request", required=True, help="a JSON file; see the head of this module")
@@ -265,8 +284,8 @@ def main(argv):
             request = json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{arguments.request}: expected a request as JSON: {one_line(error)}") from error
-    # Ends as Ctrl-C does: what is half written is removed, processes are ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _Interrupt.handle)
     print(json.dumps(prepare(request)), flush=True)
 
 
