@@ -21,7 +21,7 @@ demo: build
 	$(VENV)/bin/python -m ulysses_plus.demo --build build
 
 test: build
-	ctest --test-dir build --output-on-failure -j 1
+	ctest --test-dir build --output-on-failure -j $(JOBS)
 	$(VENV)/bin/python -m pytest tests -q
 
 docs: build

@@ -21,6 +21,8 @@ def call(*command, **more):
 class Host:
     """A namespace with an address; what runs there sees this machine's files."""
 
+    port = PORT
+
     def __init__(self, name, address, folder):
         self.name, self.address, self.folder, self.sshd = name, address, folder, None
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import fixtures
-from conftest import PORT
 
 BUILD = pathlib.Path(os.environ.get("ULYSSES_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build")).resolve()
 ULYSSES = BUILD / "ulysses"
@@ -25,7 +24,7 @@ class Job:
         (folder / "hostfile").write_text("".join(f"{host.address} slots=2\n" for host in hosts))
 
     def start(self, *arguments, hostfile="hostfile", path=None, **environment):
-        command = [str(ULYSSES), "run.yml", "--device", "cpu", "-H", hostfile, "--ssh_port", str(PORT), *arguments]
+        command = [str(ULYSSES), "run.yml", "--device", "cpu", "-H", hostfile, "--ssh_port", str(self.hosts[0].port), *arguments]
         path = path or f"{self.ssh}/bin:{os.environ['PATH']}"
         return subprocess.Popen(command, cwd=self.folder, env=fixtures.environment(PATH=path, **environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
