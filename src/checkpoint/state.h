@@ -32,6 +32,9 @@ class DamagedState : public UserError {
 enum class Moment { kMaster, kM, kV };
 inline constexpr std::array kMoments = {Moment::kMaster, Moment::kM, Moment::kV};
 
+// Elements that are in hand at once, where a state is not held whole.
+inline constexpr int64_t kAtOnce = int64_t{1} << 24;
+
 // Elements [begin, begin + count) of a unit's flat buffer.
 struct StatePart {
   std::string unit;

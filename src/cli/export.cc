@@ -15,8 +15,6 @@
 namespace uly::cli {
 namespace {
 
-constexpr int64_t kAtOnce = int64_t{1} << 24;  // elements
-
 // The newest of what the recipe saves, unless the command line names one.
 std::string state_of(const Options& options, const recipe::Recipe& recipe) {
   if (!options.from.empty()) return options.from;
@@ -48,8 +46,8 @@ int export_state(const Options& options) {
   std::vector<float> values;
   std::vector<uint16_t> rounded;
   for (const models::Unit& unit : units)
-    for (int64_t at = 0; at < unit.elements; at += kAtOnce) {
-      const int64_t count = std::min(kAtOnce, unit.elements - at);
+    for (int64_t at = 0; at < unit.elements; at += checkpoint::kAtOnce) {
+      const int64_t count = std::min(checkpoint::kAtOnce, unit.elements - at);
       values.resize(static_cast<size_t>(count));
       state.read(unit.name, checkpoint::Moment::kMaster, at, count, values.data());
       if (recipe.model.dtype == Dtype::kF32) {

@@ -21,6 +21,8 @@ struct Verb {
   bool takes_recipe;
 };
 
+constexpr std::string_view kFollow = "follow";  // what a ulysses that leads says to one on another machine
+
 constexpr std::array<Verb, 10> kVerbs = {{
     {"train", "Train as the recipe says; the verb may be left out", train, true},
     {"plan", "Show what training would do and the memory it takes; starts nothing, asks no network", plan, true},
@@ -209,7 +211,7 @@ int run(std::vector<std::string> arguments, std::optional<launch::Node> node) {
     fmt::print("ulysses {}\n", kVersion);
     return 0;
   }
-  if (arguments[0] == "follow" && arguments.size() == 1) {  // said by a ulysses on another machine
+  if (arguments[0] == kFollow && arguments.size() == 1) {
     launch::Followed f = follow();
     return run(std::move(f.arguments), std::move(f.node));
   }
@@ -230,17 +232,18 @@ int run(std::vector<std::string> arguments, std::optional<launch::Node> node) {
 }  // namespace uly::cli
 
 int main(int argc, char** argv) {
+  const bool led = argc == 2 && std::string_view(argv[1]) == uly::cli::kFollow;
   try {
     return uly::cli::run(std::vector<std::string>(argv + 1, argv + argc), std::nullopt);
   } catch (const uly::InternalError& e) {
-    uly::launch::tell_of_end(fmt::format("internal error: {}\n", e.what()));
+    uly::launch::tell_of_end(fmt::format("internal error: {}\n", e.what()), led);
     return static_cast<int>(e.exit());
   } catch (const uly::Error& e) {
     // No text: who failed has spoken.
-    if (*e.what() != '\0') uly::launch::tell_of_end(fmt::format("{}\n", e.what()));
+    if (*e.what() != '\0') uly::launch::tell_of_end(fmt::format("{}\n", e.what()), led);
     return static_cast<int>(e.exit());
   } catch (const std::exception& e) {
-    uly::launch::tell_of_end(fmt::format("internal error: {}\n", e.what()));
+    uly::launch::tell_of_end(fmt::format("internal error: {}\n", e.what()), led);
     return static_cast<int>(uly::Exit::kInternal);
   }
 }

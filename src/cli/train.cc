@@ -89,7 +89,7 @@ int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& m
     launch::set_place(*ranks.place);
     become_engine(command);
   }
-  if (ranks.node && ranks.node->led) launch::wait_for_go();
+  if (ranks.node && ranks.node->leash) ranks.node->leash->wait_for_go();
   return launch::run_local({.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr});
 }
 

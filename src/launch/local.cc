@@ -19,6 +19,7 @@
 #include "launch/child.h"
 #include "launch/environment.h"
 #include "launch/gpus.h"
+#include "launch/lines.h"
 #include "launch/signals.h"
 
 namespace uly::launch {
@@ -35,9 +36,8 @@ constexpr milliseconds kHold{5000};
 struct Rank {
   int64_t rank = 0;
   pid_t pid = -1;
-  int error_fd = -1;       // read end; -1 where it speaks for itself and after its end
+  LineReader error;        // closed where it speaks for itself and after its end
   int log_fd = -1;
-  std::string unfinished;  // a line without its end
   std::string held;        // lines from "error: " on
   Clock::time_point held_since{};
   std::optional<int> status;  // as waitpid gave it
@@ -48,15 +48,6 @@ struct Rank {
   int code() const { return killed() ? static_cast<int>(Exit::kDevice) : WEXITSTATUS(*status); }
 };
 
-void write_to(int fd, const std::string& text) {
-  for (size_t at = 0; at < text.size();) {
-    const ssize_t n = ::write(fd, text.data() + at, text.size() - at);
-    if (n < 0 && errno != EINTR) return;  // nobody listens; the job goes on
-    if (n > 0) at += static_cast<size_t>(n);
-  }
-}
-void write_stderr(const std::string& text) { write_to(STDERR_FILENO, text); }
-
 class Watch {
  public:
   explicit Watch(const LocalJob& job) : job_(job) {}
@@ -64,8 +55,8 @@ class Watch {
     kill_all(SIGKILL);
     for (Rank& r : ranks_) {
       if (r.pid > 0 && !r.status) ::waitpid(r.pid, nullptr, 0);
-      for (const int fd : {r.error_fd, r.log_fd})
-        if (fd >= 0) ::close(fd);
+      r.error.close();
+      if (r.log_fd >= 0) ::close(r.log_fd);
     }
   }
   Watch(const Watch&) = delete;
@@ -97,6 +88,7 @@ class Watch {
   void act();
   void choose_cause();
   int conclude();
+  bool led() const { return job_.node && job_.node->leash; }
   void kill_all(int signal) {
     for (const Rank& r : ranks_)
       if (r.pid > 0 && !r.status) ::kill(-r.pid, signal);
@@ -141,7 +133,7 @@ void Watch::start(int64_t local_rank, int port) {
     if (rank > 0) options.out_fd = ends[1];
   }
   options.in_fd = nothing;  // stdin is a leader's, or a terminal that ranks have no use for
-  r.error_fd = ends[0];
+  r.error.fd = ends[0];
   open_log(r);
   ranks_.push_back(r);
   ranks_.back().pid = start_child(options);
@@ -160,39 +152,28 @@ void Watch::open_log(Rank& r) {
 void Watch::wait_for_news() {
   std::vector<pollfd> fds = {{signals_.fd(), POLLIN, 0}};
   for (const Rank& r : ranks_)
-    if (r.error_fd >= 0) fds.push_back({r.error_fd, POLLIN, 0});
+    if (r.error.fd >= 0) fds.push_back({r.error.fd, POLLIN, 0});
   // Deadlines are few and coarse: look ten times a second while one is running.
   const bool deadline = failed_at_ || std::any_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return !r.held.empty(); });
   ::poll(fds.data(), fds.size(), deadline ? 100 : 1000);
 }
 
 void Watch::read_errors(Rank& r) {
-  if (r.error_fd < 0) return;
-  char buffer[4096];
-  ssize_t n = 0;
-  while ((n = ::read(r.error_fd, buffer, sizeof buffer)) > 0) r.unfinished.append(buffer, static_cast<size_t>(n));
-  const bool ended = n == 0;
-  if (ended && !r.unfinished.empty() && r.unfinished.back() != '\n') r.unfinished += '\n';
-  size_t first = 0;
-  for (size_t end; (end = r.unfinished.find('\n', first)) != std::string::npos; first = end + 1) take_line(r, r.unfinished.substr(first, end - first));
-  r.unfinished.erase(0, first);
+  r.error.read([&](const std::string& line) { take_line(r, line); });
   if (!r.held.empty() && Clock::now() - r.held_since > kHold) quote(r);
-  if (!ended) return;
-  ::close(r.error_fd);
-  r.error_fd = -1;
 }
 
 void Watch::take_line(Rank& r, const std::string& line) {
-  if (r.log_fd >= 0) write_to(r.log_fd, line + "\n");
-  if (r.rank == 0) return write_stderr(line + "\n");
+  if (r.log_fd >= 0) write_all(r.log_fd, line + "\n");
+  if (r.rank == 0) return write_all(STDERR_FILENO, line + "\n");
   const std::string text = fmt::format("[rank {}] {}\n", r.rank, line);
-  if (r.held.empty() && !line.starts_with("error: ")) return write_stderr(text);
+  if (r.held.empty() && !line.starts_with("error: ")) return write_all(STDERR_FILENO, text);
   if (r.held.empty()) r.held_since = Clock::now();
   r.held += text;
 }
 
 void Watch::quote(Rank& r) {
-  tell_of_end(r.held);
+  tell_of_end(r.held, led());
   r.held.clear();
 }
 
@@ -242,17 +223,17 @@ int Watch::conclude() {
     if (!echo) quote(r);
   }
   const bool killed = cause_ && cause_->killed();
-  say_ended(cause_ ? cause_->code() : 0, killed && asked_to_end_ == 0);
+  if (led()) job_.node->leash->ended(cause_ ? cause_->code() : 0, killed && asked_to_end_ == 0);
   if (!cause_) return 0;
   if (asked_to_end_ != 0 && killed) {
-    if (!job_.node || !job_.node->led) say("stopped by {}", signal_name(asked_to_end_));
+    if (!led()) say("stopped by {}", signal_name(asked_to_end_));
     return 128 + asked_to_end_;
   }
   const char* others = ranks_.size() > 1 ? "; the other ranks were stopped" : "";
   if (killed)
-    tell_of_end(fmt::format("rank {} (pid {}) was killed by signal {} ({}){}\n", cause_->rank, cause_->pid, WTERMSIG(*cause_->status), signal_name(WTERMSIG(*cause_->status)), others));
+    tell_of_end(fmt::format("rank {} (pid {}) was killed by signal {} ({}){}\n", cause_->rank, cause_->pid, WTERMSIG(*cause_->status), signal_name(WTERMSIG(*cause_->status)), others), led());
   else if (cause_->rank > 0 && !cause_->saved())  // rank 0 has spoken for itself
-    tell_of_end(fmt::format("rank {} ended with exit code {}{}\n", cause_->rank, cause_->code(), others));
+    tell_of_end(fmt::format("rank {} ended with exit code {}{}\n", cause_->rank, cause_->code(), others), led());
   return cause_->code();
 }
 

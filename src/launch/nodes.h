@@ -7,6 +7,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -18,13 +19,30 @@ namespace uly::launch {
 
 inline constexpr char kControl = '\x1e';
 
+// A follower's end of its leader.
+class Leash {
+ public:
+  // Says `facts` of this machine.
+  explicit Leash(const Json& facts);
+  // The leader's JSON. From its coming on a leader that is gone ends this process and its ranks. Throws DeviceError where none comes.
+  Json job();
+  // Says that all is prepared here, and returns when it is everywhere.
+  void wait_for_go();
+  // Says how the ranks ended.
+  void ended(int code, bool killed);
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+
 // This machine's part of the job.
 struct Node {
   int64_t index = 0;
   std::vector<Host> hosts;  // of the whole job; ranks are numbered by host, then slot
   std::string master_address;
   int master_port = 0;
-  bool led = false;  // by a leader; else somebody starts the same command on each machine
+  std::shared_ptr<Leash> leash;  // null: nobody leads, the same command is started on each machine
 
   int64_t local() const { return static_cast<int64_t>(hosts[static_cast<size_t>(index)].slots.size()); }
   int64_t first_rank() const;
@@ -47,21 +65,14 @@ int lead(const Lead& job);
 // What a follower says of its machine: {"version", "engine", "addresses", "port", ...} and `more`.
 Json facts_of_machine(const std::string& version, const Json& more);
 
-// The follower's side: says `facts`, waits for the job, enters its folder and takes its variables. From then on a leader that is gone
-// ends this process and its ranks. Returns the arguments.
+// The follower's side: says `facts`, waits for the job, enters its folder and takes its variables.
 struct Followed {
   Node node;
   std::vector<std::string> arguments;
 };
 Followed follow(const Json& facts);
 
-// Says that all is prepared here, and returns when it is everywhere.
-void wait_for_go();
-
-// Lines of who failed and why, on stderr. A leader holds them back until it knows which machine was first.
-void tell_of_end(const std::string& lines);
-
-// Of this process, for its leader: how the ranks ended.
-void say_ended(int code, bool killed);
+// Lines of who failed and why, on stderr. Where this process is led the leader holds them back until it knows which machine was first.
+void tell_of_end(const std::string& lines, bool led);
 
 }  // namespace uly::launch

@@ -249,15 +249,20 @@ step::Options options_for(const Plan& plan, int64_t rank, int64_t S) {
   return o;
 }
 
+int64_t last_step(const recipe::Recipe& r, int64_t horizon, int64_t start) {
+  int64_t last = horizon;
+  if (r.exit_iteration > 0) last = std::min(last, r.exit_iteration);
+  if (r.exit_iteration_this_run > 0) last = std::min(last, start + r.exit_iteration_this_run);
+  return last;
+}
+
 Steps count_steps(const recipe::Recipe& r, int64_t R, int64_t num_samples) {
   Steps s;
   const int64_t micro_batches = ceil_div(num_samples, r.micro_batch_size * R);
   s.per_epoch = ceil_div(micro_batches, r.gradient_accumulation_steps);
   if (r.min_iterations > s.per_epoch) s.per_epoch = r.min_iterations;
   s.horizon = r.train_iters > 0 ? r.train_iters : r.epochs * s.per_epoch;
-  s.run = s.horizon;
-  for (const int64_t exit : {r.exit_iteration, r.exit_iteration_this_run})
-    if (exit > 0) s.run = std::min(s.run, exit);
+  s.run = last_step(r, s.horizon, 0);
   s.epochs = s.per_epoch > 0 ? ceil_div(s.horizon, s.per_epoch) : 0;
   return s;
 }

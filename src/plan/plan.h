@@ -168,6 +168,9 @@ struct Steps {
 };
 Steps count_steps(const recipe::Recipe& recipe, int64_t R, int64_t num_samples);
 
+// The step after which a run ends that begins after `start` steps.
+int64_t last_step(const recipe::Recipe& recipe, int64_t horizon, int64_t start);
+
 std::string text(const Plan& plan);
 
 }  // namespace uly::plan

@@ -36,7 +36,7 @@ double seconds_since(Clock::time_point t) { return std::chrono::duration<double>
 class Loop {
  public:
   Loop(Session& session, const Job& job, Clock::time_point began)
-      : s_(session), job_(job), r_(session.recipe()), began_(began), sampler_(make_sampler()), start_(resume_if_asked()), steps_(start_.steps), consumed_(start_.consumed), last_step_(last_step()), metrics_(r_, session.spec(), last_step_, session.mesh().W, session.first()), saver_(session) {}
+      : s_(session), job_(job), r_(session.recipe()), began_(began), sampler_(make_sampler()), start_(resume_if_asked()), steps_(start_.steps), consumed_(start_.consumed), last_step_(plan::last_step(r_, s_.plan().horizon, start_.steps)), metrics_(r_, session.spec(), last_step_, session.mesh().W, session.first()), saver_(session) {}
 
   Exit run();
 
@@ -59,7 +59,6 @@ class Loop {
   void step();
   void maybe_evaluate();
   Progress resume_if_asked();
-  int64_t last_step() const;
   void say_what_may_be_lost() const;
   void check_finite(double loss, double norm);
   void maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended);
@@ -222,13 +221,6 @@ Progress Loop::resume_if_asked() {
   return {};
 }
 
-int64_t Loop::last_step() const {
-  int64_t last = s_.plan().horizon;
-  if (r_.exit_iteration > 0) last = std::min(last, r_.exit_iteration);
-  if (r_.exit_iteration_this_run > 0) last = std::min(last, start_.steps + r_.exit_iteration_this_run);
-  return last;
-}
-
 bool saves_on_the_way(const recipe::Checkpoint& c) { return c.enabled && (c.save_every_n_steps > 0 || c.save_every_n_epochs > 0); }
 
 void Loop::say_what_may_be_lost() const {
@@ -262,18 +254,15 @@ std::string Loop::why_to_stop() {
 void Loop::check_targets() {
   on_first(s_.world(), [&] {
     for (const recipe::Checkpoint& c : r_.checkpoint) {
-      const int64_t last = last_step_, every = c.save_every_n_steps > 0 ? c.save_every_n_steps : last;
-      if (!c.enabled || last <= start_.steps) continue;
-      if (!c.save_end_of_training && c.save_every_n_steps == 0 && c.save_every_n_epochs == 0) continue;
-      if (c.type != "huggingface") {
-        checkpoint::make_folder(c.output_dir);
-        for (int64_t step = start_.steps + 1; step <= last; ++step)
-          if (step == last || (c.save_every_n_steps > 0 && step % c.save_every_n_steps == 0)) checkpoint::check_state_target(save_folder(c, step));
-        continue;
-      }
-      for (int64_t step = every; step < last; step += every) checkpoint::check_hub_target(s_.spec(), save_folder(c, step));
-      checkpoint::check_hub_target(s_.spec(), save_folder(c, last));
-      checkpoint::check_hub_room(s_.spec(), r_.model.dtype, c.output_dir);
+      if (!c.enabled || last_step_ <= start_.steps) continue;
+      const bool model = c.type == "huggingface";
+      if (model && !saves_on_the_way(c) && !c.save_end_of_training) continue;
+      if (!model) checkpoint::make_folder(c.output_dir);
+      const auto check = [&](int64_t step) { model ? checkpoint::check_hub_target(s_.spec(), save_folder(c, step)) : checkpoint::check_state_target(save_folder(c, step)); };
+      if (const int64_t every = c.save_every_n_steps; every > 0)
+        for (int64_t step = (start_.steps / every + 1) * every; step < last_step_; step += every) check(step);
+      check(last_step_);
+      if (model) checkpoint::check_hub_room(s_.spec(), r_.model.dtype, c.output_dir);
     }
   });
 }

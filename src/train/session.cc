@@ -56,8 +56,14 @@ Session::Session(const Job& job, comm::World& world)
   machine_.disk_bytes = plan::scratch_bytes(recipe_);
   machine_.local_ranks = place ? place->local_world_size : 1;
   // Every rank plans with the least that any has; nobody's GPU is in use before all have looked.
-  const std::vector<int64_t> least = world_.all().max({-machine_.memory_bytes, -machine_.gpu_free_bytes, -int64_t{machine_.gpu_major}, -int64_t{machine_.gpu_minor}, machine_.gpu_ranks, -machine_.cores, -machine_.gpus, -machine_.disk_bytes, machine_.local_ranks, -int64_t{machine_.nccl_version}});
-  machine_.memory_bytes = -least[0], machine_.gpu_free_bytes = -least[1], machine_.gpu_major = static_cast<int>(-least[2]), machine_.gpu_minor = static_cast<int>(-least[3]), machine_.gpu_ranks = least[4], machine_.cores = -least[5], machine_.gpus = -least[6], machine_.disk_bytes = -least[7], machine_.local_ranks = least[8], machine_.nccl_version = static_cast<int>(-least[9]);
+  const auto agree_on = [&](int64_t sign, auto&... mine) {
+    const std::vector<int64_t> all = world_.all().max({sign * int64_t{mine}...});
+    size_t i = 0;
+    ((mine = static_cast<std::remove_reference_t<decltype(mine)>>(sign * all[i++])), ...);
+  };
+  plan::Machine& m = machine_;
+  agree_on(-1, m.memory_bytes, m.gpu_free_bytes, m.gpu_major, m.gpu_minor, m.cores, m.gpus, m.disk_bytes, m.nccl_version);
+  agree_on(1, m.gpu_ranks, m.local_ranks);
   if (machine_.nccl_version == 0 && machine_.nccl_why.empty()) machine_.nccl_why = "another rank cannot load libnccl.so.2";
   // What rank 0 has measured holds for all: the plan depends on it.
   if (!job.rates_path.empty()) plan::use_rates(machine_, plan::read_rates_file(job.rates_path), job.rates_path);
@@ -105,13 +111,12 @@ void Session::load_weights() {
   const bool random = recipe_.model.random_init || spec().randomly_initialized;
   std::optional<checkpoint::HubReader> reader;
   if (!random) reader.emplace(spec().folder, spec());
-  constexpr int64_t kAtOnce = int64_t{1} << 24;  // elements
   for (size_t u = 0; u < units().size(); ++u) {
     const step::UnitState& state = states_.units[u];
     const int64_t n = state.master.columns, begin = mesh_.rank * n, end = std::min(begin + n, units()[u].elements);
     std::vector<float> values;
-    for (int64_t at = begin; at < end; at += kAtOnce) {
-      const int64_t count = std::min(kAtOnce, end - at);
+    for (int64_t at = begin; at < end; at += checkpoint::kAtOnce) {
+      const int64_t count = std::min(checkpoint::kAtOnce, end - at);
       values.resize(static_cast<size_t>(count));
       if (random)
         checkpoint::fill_initial(spec(), units()[u], static_cast<uint64_t>(recipe_.seed), static_cast<int64_t>(u), at, count, values.data());
@@ -124,7 +129,6 @@ void Session::load_weights() {
 
 // Written, so that every tier has what it is going to have.
 void Session::empty_states() {
-  constexpr int64_t kAtOnce = int64_t{1} << 24;  // elements
   std::vector<float> zeros;
   for (const step::UnitState& u : states_.units)
     for (const ops::Buffer& b : {u.weight, u.master, u.m, u.v, u.gradient, u.copy}) {
@@ -134,8 +138,8 @@ void Session::empty_states() {
         continue;
       }
       if (machine_.cuda && b.tier == ops::Tier::kHost) continue;  // its arena comes so
-      zeros.resize(static_cast<size_t>(kAtOnce));
-      for (int64_t at = 0; at < b.columns; at += kAtOnce) engine_->write(b.column_range(at, std::min(kAtOnce, b.columns - at)), zeros.data());
+      zeros.resize(static_cast<size_t>(checkpoint::kAtOnce));
+      for (int64_t at = 0; at < b.columns; at += checkpoint::kAtOnce) engine_->write(b.column_range(at, std::min(checkpoint::kAtOnce, b.columns - at)), zeros.data());
     }
 }
 

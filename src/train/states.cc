@@ -21,8 +21,7 @@ namespace fs = std::filesystem;
 using checkpoint::kMoments;
 using checkpoint::Moment;
 
-constexpr int64_t kAtOnce = int64_t{1} << 24;      // elements
-constexpr int64_t kLeave = int64_t{2} << 30;       // bytes of a machine's memory that a copy does not take
+constexpr int64_t kLeave = int64_t{2} << 30;  // bytes of a machine's memory that a copy does not take
 
 // This rank's part of each unit.
 std::vector<checkpoint::StatePart> parts_of(const Session& s) {
@@ -39,7 +38,7 @@ template <typename F>
 void for_pieces(const std::vector<checkpoint::StatePart>& parts, F&& f) {
   for (size_t u = 0; u < parts.size(); ++u)
     for (const Moment moment : kMoments)
-      for (int64_t at = 0; at < parts[u].count; at += kAtOnce) f(u, moment, at, std::min(kAtOnce, parts[u].count - at));
+      for (int64_t at = 0; at < parts[u].count; at += checkpoint::kAtOnce) f(u, moment, at, std::min(checkpoint::kAtOnce, parts[u].count - at));
 }
 
 int64_t elements_of(const std::vector<checkpoint::StatePart>& parts) {
@@ -153,9 +152,7 @@ void Saver::poll() {
 }
 
 void Saver::finish() {
-  if (!save_) return;
-  if (save_->thread.joinable()) save_->thread.join();
-  conclude();
+  if (save_) conclude();
 }
 
 // All ranks have written, or tried to.

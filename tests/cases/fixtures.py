@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -162,6 +163,29 @@ def conversation(i, words=3):
         {"role": "user", "content": f"{i} {'the code word is ' * words}{answer}, what is the code word?"},
         {"role": "assistant", "content": answer},
     ]
+
+
+def processes_in(folder, program):
+    """/proc entries of processes whose program's path has `program` in it and that run in `folder`."""
+    found = []
+    for place in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(place / "cwd") == str(folder) and program in os.readlink(place / "exe"):
+                found.append(place)
+        except OSError:
+            continue
+    return found
+
+
+def ranks_in(folder):
+    """{rank: pid} of the engines that run in `folder`."""
+    found = {}
+    for place in processes_in(folder, "ulysses-engine"):
+        try:
+            found[int(re.search(rb"\0RANK=(\d+)\0", b"\0" + (place / "environ").read_bytes())[1])] = int(place.name)
+        except OSError:
+            continue
+    return found
 
 
 # ---- what `---- setup` lines call ----

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import time
@@ -14,19 +13,6 @@ import fixtures
 
 BUILD = pathlib.Path(os.environ.get("ULYSSES_BUILD", pathlib.Path(__file__).resolve().parents[2] / "build")).resolve()
 RANKS = 4
-
-
-def ranks_of(folder):
-    """{rank: pid} of the engines that run in `folder`."""
-    found = {}
-    for place in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            if os.readlink(place / "cwd") == str(folder) and "ulysses-engine" in os.readlink(place / "exe"):
-                rank = re.search(rb"\0RANK=(\d+)\0", b"\0" + (place / "environ").read_bytes())
-                found[int(rank[1])] = int(place.name)
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture
@@ -48,7 +34,7 @@ def training(tmp_path):
 @pytest.mark.parametrize("rank", [0, 3])
 def test_the_others_end_within_30_seconds_and_say_who_was_killed(training, rank):
     process, folder = training
-    pids = ranks_of(folder)
+    pids = fixtures.ranks_in(folder)
     assert sorted(pids) == list(range(RANKS))
     os.kill(pids[rank], signal.SIGKILL)
     began = time.monotonic()
@@ -56,12 +42,12 @@ def test_the_others_end_within_30_seconds_and_say_who_was_killed(training, rank)
     assert time.monotonic() - began < 30 and process.returncode == 75
     assert said[-1] == f"rank {rank} (pid {pids[rank]}) was killed by signal 9 (SIGKILL); the other ranks were stopped"
     assert not [line for line in said if "failed at rank" in line or "Gloo" in line or "Traceback" in line], said[-10:]
-    assert ranks_of(folder) == {}
+    assert fixtures.ranks_in(folder) == {}
 
 
 def test_a_stopped_rank_that_is_killed_later_is_named_all_the_same(training):
     process, folder = training
-    pids = ranks_of(folder)
+    pids = fixtures.ranks_in(folder)
     os.kill(pids[2], signal.SIGSTOP)
     time.sleep(1)
     assert process.poll() is None
@@ -71,7 +57,7 @@ def test_a_stopped_rank_that_is_killed_later_is_named_all_the_same(training):
 
 def test_metrics_of_the_steps_before_are_whole_lines(training):
     process, folder = training
-    os.kill(ranks_of(folder)[1], signal.SIGKILL)
+    os.kill(fixtures.ranks_in(folder)[1], signal.SIGKILL)
     process.communicate(timeout=30)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iter"] for line in lines] == list(range(1, len(lines) + 1))

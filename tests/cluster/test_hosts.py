@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import time
@@ -46,26 +45,11 @@ class Job:
             time.sleep(0.05)
 
     def ranks(self):
-        """{rank: pid} of the engines in this job's folder."""
-        found = {}
-        for place in pathlib.Path("/proc").glob("[0-9]*"):
-            try:
-                if os.readlink(place / "cwd") == str(self.folder) and "ulysses-engine" in os.readlink(place / "exe"):
-                    found[int(re.search(rb"\0RANK=(\d+)\0", b"\0" + (place / "environ").read_bytes())[1])] = int(place.name)
-            except OSError:
-                continue
-        return found
+        return fixtures.ranks_in(self.folder)
 
     def left(self):
         """All of ours that still run in this job's folder."""
-        found = []
-        for place in pathlib.Path("/proc").glob("[0-9]*"):
-            try:
-                if os.readlink(place / "cwd") == str(self.folder) and "ulysses" in os.readlink(place / "exe"):
-                    found.append((place.name, (place / "cmdline").read_bytes()))
-            except OSError:
-                continue
-        return found
+        return [int(place.name) for place in fixtures.processes_in(self.folder, "ulysses")]
 
     def nothing_is_left(self, seconds=30):
         began = time.monotonic()
@@ -79,8 +63,8 @@ def job(machines, tmp_path):
     hosts, ssh = machines
     made = Job(hosts, ssh, tmp_path)
     yield made
-    for pid, _ in made.left():
-        os.kill(int(pid), signal.SIGKILL)
+    for pid in made.left():
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_four_ranks_on_two_machines_train_as_four_on_one(job):

@@ -115,7 +115,9 @@ TEST_F(ExchangesTest, PartsHaveEachHeadOnce) {
         int64_t keys = 0;
         for (int64_t g = 0; g < parts; ++g) {
           const ops::Heads h = step::heads_of_part(spec, P, p, parts, g);
-          if (h.n > 0) EXPECT_EQ(h.first_head, next);
+          if (h.n > 0) {
+            EXPECT_EQ(h.first_head, next);
+          }
           EXPECT_EQ(h.n == 0, h.k == 0);
           next += h.n, keys += h.k;
         }

@@ -114,7 +114,9 @@ TEST(PackTest, ASampleThatIsKeptWholeHasAPackOfItsOwn) {
   for (const PackStrategy strategy : {PackStrategy::kInOrder, PackStrategy::kBestFit}) {
     const Packs packs = make_packs(file, nullptr, {.max_length = 8, .overlong = Overlong::kKeep, .pack = true, .strategy = strategy});
     for (int64_t i = 0; i < packs.size(); ++i)
-      if (packs.tokens(i) > 8) EXPECT_EQ(packs.pieces(i).size(), 1u);
+      if (packs.tokens(i) > 8) {
+        EXPECT_EQ(packs.pieces(i).size(), 1u);
+      }
     EXPECT_EQ(packs.longest, 200);
     EXPECT_EQ(packs.num_tokens, 220);
   }

@@ -1,37 +1,25 @@
 #include "launch/nodes.h"
 
 #include <fcntl.h>
-#include <arpa/inet.h>
-#include <ifaddrs.h>
-#include <net/if.h>
 #include <poll.h>
-#include <sys/statvfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <condition_variable>
 #include <csignal>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <mutex>
 #include <optional>
 #include <random>
 #include <set>
-#include <thread>
 
 #include "base/check.h"
 #include "base/log.h"
 #include "launch/child.h"
 #include "launch/environment.h"
-#include "launch/local.h"
+#include "launch/lines.h"
 #include "launch/signals.h"
 
 namespace uly::launch {
@@ -42,7 +30,6 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 
 constexpr seconds kBeat{2};          // between signs of life
-constexpr seconds kSilence{20};      // after which a follower takes its leader for gone
 constexpr seconds kHello{60};        // for all machines to answer
 constexpr milliseconds kSettle{700}; // machines that fail together are seen one after the other
 constexpr seconds kGrace{15};        // between SIGTERM and the end of the connection
@@ -61,14 +48,6 @@ std::string quoted(const std::string& text) {
   return word + "'";
 }
 
-void write_all(int fd, const std::string& text) {
-  for (size_t at = 0; at < text.size();) {
-    const ssize_t n = ::write(fd, text.data() + at, text.size() - at);
-    if (n < 0 && errno != EINTR) return;  // nobody listens; that its other end is closed is seen elsewhere
-    if (n > 0) at += static_cast<size_t>(n);
-  }
-}
-
 Json to_json(const std::vector<Host>& hosts) {
   Json all = Json::array();
   for (const Host& h : hosts) all.push_back({{"name", h.name}, {"slots", h.slots}});
@@ -81,14 +60,12 @@ std::string token() {
   return fmt::format("{:08x}{:08x}{:08x}{:08x}/", random(), random(), random(), random());
 }
 
-// --- the leader's side
-
 struct Follower {
   Host host;
   bool here = false;  // no ssh
   pid_t pid = -1;
-  int in = -1, out = -1, error = -1;
-  std::string out_text, error_text;  // a line without its end
+  int in = -1;
+  LineReader out, error;
   std::string spoken;                // on stderr before it has said what it is
   std::string held;                  // of its end
   std::optional<Json> facts, ended;
@@ -119,8 +96,7 @@ class Leader {
     for (Follower& f : followers_) {
       close_in(f);
       if (f.pid > 0 && !f.status) ::kill(-f.pid, f.here ? SIGTERM : SIGKILL), ::waitpid(f.pid, nullptr, 0);
-      for (int fd : {f.out, f.error})
-        if (fd >= 0) ::close(fd);
+      f.out.close(), f.error.close();
     }
   }
   Leader(const Leader&) = delete;
@@ -141,7 +117,7 @@ class Leader {
       }
     }
     send_job();
-    while (!all([](const Follower& f) { return f.status.has_value() && f.error < 0; })) {
+    while (!all([](const Follower& f) { return f.status.has_value() && f.error.fd < 0; })) {
       turn();
       if (!gone_ && all([](const Follower& f) { return f.ready; })) gone_ = true, tell("go\n");
       act();
@@ -156,7 +132,7 @@ class Leader {
   void start(const Host& host);
   void send_job();
   void turn();
-  void read(Follower& f, int& fd, std::string& text, bool error);
+  void read(Follower& f);
   void take(Follower& f, const std::string& line, bool error);
   void act();
   int conclude();
@@ -201,7 +177,7 @@ void Leader::start(const Host& host) {
   ::setpgid(f.pid, f.pid);
   for (int fd : {in[0], out[1], error[1]}) ::close(fd);
   for (int fd : {in[1], out[0], error[0]}) ::fcntl(fd, F_SETFL, O_NONBLOCK);
-  f.in = in[1], f.out = out[0], f.error = error[0];
+  f.in = in[1], f.out.fd = out[0], f.error.fd = error[0];
   followers_.push_back(std::move(f));
 }
 
@@ -251,7 +227,7 @@ void Leader::send_job() {
 void Leader::turn() {
   std::vector<pollfd> fds = {{signals_.fd(), POLLIN, 0}};
   for (const Follower& f : followers_)
-    for (int fd : {f.out, f.error})
+    for (int fd : {f.out.fd, f.error.fd})
       if (fd >= 0) fds.push_back({fd, POLLIN, 0});
   ::poll(fds.data(), fds.size(), 100);
   for (int signal : signals_.take()) {
@@ -264,12 +240,10 @@ void Leader::turn() {
   }
   if (const auto now = Clock::now(); now - beat_ > kBeat) beat_ = now, tell("\n");
   for (Follower& f : followers_) {
-    read(f, f.out, f.out_text, false);
-    read(f, f.error, f.error_text, true);
+    read(f);
     int status = 0;
     if (f.status || ::waitpid(f.pid, &status, WNOHANG) != f.pid) continue;
-    read(f, f.out, f.out_text, false);
-    read(f, f.error, f.error_text, true);
+    read(f);
     f.status = status;
     f.ended_at = Clock::now();
     close_in(f);
@@ -277,26 +251,16 @@ void Leader::turn() {
   }
 }
 
-void Leader::read(Follower& f, int& fd, std::string& text, bool error) {
-  if (fd < 0) return;
-  char buffer[16384];
-  ssize_t n = 0;
-  while ((n = ::read(fd, buffer, sizeof buffer)) > 0) text.append(buffer, static_cast<size_t>(n));
-  const bool ended = n == 0;
-  if (ended && !text.empty() && text.back() != '\n') text += '\n';
-  size_t first = 0;
-  for (size_t end; (end = text.find('\n', first)) != std::string::npos; first = end + 1) take(f, text.substr(first, end - first), error);
-  text.erase(0, first);
-  if (!ended) return;
-  ::close(fd);
-  fd = -1;
+void Leader::read(Follower& f) {
+  f.out.read([&](const std::string& line) { take(f, line, false); });
+  f.error.read([&](const std::string& line) { take(f, line, true); });
 }
 
 void Leader::take(Follower& f, const std::string& line, bool error) {
   const bool control = !line.empty() && line[0] == kControl;
   if (error) {
-    if (control) f.held += line.substr(1) + "\n";
-    else if (!f.facts) f.spoken += line + "\n";
+    if (!f.facts) f.spoken += line.substr(control ? 1 : 0) + "\n";
+    else if (control) f.held += line.substr(1) + "\n";
     else if (gone_ || said_.insert(line).second) write_all(STDERR_FILENO, prefix(f) + line + "\n");
     return;
   }
@@ -336,7 +300,7 @@ int Leader::conclude() {
     const bool echo = cause_ && &f != cause_ && f.failed() && (f.code() == cause_->code() || f.code() == static_cast<int>(Exit::kDevice) || f.code() > 128);
     if (f.held.empty() || echo) continue;
     std::string text;
-    for (size_t first = 0, end; (end = f.held.find('\n', first)) != std::string::npos; first = end + 1) text += prefix(f) + f.held.substr(first, end + 1 - first);
+    for_lines(f.held, [&](const std::string& line) { text += prefix(f) + line + "\n"; });
     write_all(STDERR_FILENO, text);
   }
   if (!cause_) return 0;
@@ -348,81 +312,6 @@ int Leader::conclude() {
   if (!cause_->ended && cause_->killed()) say("{}: {}{}", cause_->host.name, cause_->here ? "ulysses was killed there" : "the connection was lost", others);
   else if (!cause_->saved() && followers_.size() > 1) say("{}: ended with exit code {}{}", cause_->host.name, cause_->code(), others);
   return cause_->code();
-}
-
-// --- the follower's side
-
-std::mutex mutex;
-std::condition_variable told;
-bool go = false, led = false;
-
-void say_control(const Json& what) {
-  std::fflush(stdout);
-  write_all(STDOUT_FILENO, kControl + what.dump() + "\n");
-}
-
-// A line of stdin; nothing at its end, or where none came in time.
-class Lines {
- public:
-  std::optional<std::string> next(milliseconds patience) {
-    for (;;) {
-      if (const size_t end = text_.find('\n'); end != std::string::npos) {
-        std::string line = text_.substr(0, end);
-        text_.erase(0, end + 1);
-        return line;
-      }
-      pollfd fd{STDIN_FILENO, POLLIN, 0};
-      const int came = ::poll(&fd, 1, static_cast<int>(patience.count()));
-      if (came < 0 && errno == EINTR) continue;
-      char buffer[16384];
-      const ssize_t n = came > 0 ? ::read(STDIN_FILENO, buffer, sizeof buffer) : 0;
-      if (n <= 0) return std::nullopt;
-      text_.append(buffer, static_cast<size_t>(n));
-    }
-  }
-
- private:
-  std::string text_;
-};
-
-// Does what the leader says, and ends this process when it says nothing any more.
-void obey(Lines lines) {
-  sigset_t all;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_BLOCK, &all, nullptr);  // they are for the main thread
-  while (const std::optional<std::string> line = lines.next(kSilence)) {
-    if (*line == "go") {
-      const std::lock_guard lock(mutex);
-      go = true;
-      told.notify_all();
-    } else if (line->starts_with("signal ")) {
-      ::kill(::getpid(), std::atoi(line->c_str() + 7));
-    }
-  }
-  ::kill(::getpid(), SIGTERM);
-  std::this_thread::sleep_for(seconds(8));
-  ::kill(::getpid(), SIGKILL);  // children die with it
-}
-
-std::vector<std::string> own_addresses() {
-  std::vector<std::string> all;
-  ifaddrs* list = nullptr;
-  if (::getifaddrs(&list) != 0) return all;
-  for (const ifaddrs* i = list; i; i = i->ifa_next) {
-    if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || (i->ifa_flags & IFF_LOOPBACK) != 0 || (i->ifa_flags & IFF_UP) == 0) continue;
-    char text[INET_ADDRSTRLEN] = "";
-    ::inet_ntop(AF_INET, &reinterpret_cast<const sockaddr_in*>(i->ifa_addr)->sin_addr, text, sizeof text);
-    all.push_back(text);
-  }
-  ::freeifaddrs(list);
-  return all;
-}
-
-// What tells two builds apart.
-std::string build_of(const std::string& version, const std::string& engine) {
-  std::ifstream file(engine, std::ios::binary);
-  const std::string bytes(std::istreambuf_iterator<char>(file), {});
-  return fmt::format("{}-{:08x}", version, XXH3_64bits(bytes.data(), bytes.size()) & 0xffffffff);
 }
 
 }  // namespace
@@ -440,55 +329,5 @@ int64_t Node::world() const {
 }
 
 int lead(const Lead& job) { return Leader(job).run(); }
-
-Json facts_of_machine(const std::string& version, const Json& more) {
-  const std::string engine = engine_path();
-  struct statvfs shared {};
-  const bool known = ::statvfs("/dev/shm", &shared) == 0;
-  Json facts = {{"build", build_of(version, engine)}, {"engine", ""}, {"addresses", own_addresses()}, {"port", free_port()}, {"shared_memory_bytes", known ? static_cast<int64_t>(shared.f_bavail) * static_cast<int64_t>(shared.f_frsize) : -1}};
-  if (::access(engine.c_str(), X_OK) != 0) facts["engine"] = fmt::format("no {} there: use a path that all machines share, or install it there", engine);
-  facts.update(more);
-  return facts;
-}
-
-Followed follow(const Json& facts) {
-  std::signal(SIGPIPE, SIG_IGN);
-  led = true;
-  say_control({{"facts", facts}});
-  Lines lines;
-  // Signs of life come before the job too.
-  std::optional<std::string> line;
-  do line = lines.next(kSilence);
-  while (line && line->empty());
-  if (!line || line->starts_with("signal")) throw DeviceError("the leading ulysses is gone");
-  const Json job = Json::parse(*line, nullptr, false);
-  ULY_CHECK(job.is_object(), "a follower is told its job in a line of JSON");
-  std::thread(obey, std::move(lines)).detach();
-
-  Followed f;
-  f.node = {.index = job.at("index"), .master_address = job.at("master_address"), .master_port = job.at("master_port"), .led = true};
-  for (const Json& h : job.at("hosts")) f.node.hosts.push_back({.name = h.at("name"), .slots = h.at("slots").get<std::vector<int64_t>>()});
-  f.arguments = job.at("arguments").get<std::vector<std::string>>();
-  const std::string folder = job.at("folder");
-  ULY_USER_CHECK(::chdir(folder.c_str()) == 0, "no folder {} here: {}: the recipe and its files are expected under the same path on all machines", folder, std::strerror(errno));
-  for (const Json& v : job.at("variables")) ::setenv(v.at(0).get<std::string>().c_str(), v.at(1).get<std::string>().c_str(), 1);
-  return f;
-}
-
-void wait_for_go() {
-  say_control({{"ready", true}});
-  std::unique_lock lock(mutex);
-  told.wait(lock, [] { return go; });
-}
-
-void tell_of_end(const std::string& lines) {
-  std::string text;
-  for (size_t first = 0, end; (end = lines.find('\n', first)) != std::string::npos; first = end + 1) text += (led ? std::string(1, kControl) : "") + lines.substr(first, end + 1 - first);
-  write_all(STDERR_FILENO, text);
-}
-
-void say_ended(int code, bool killed) {
-  if (led) say_control({{"ended", {{"code", code}, {"killed", killed}}}});
-}
 
 }  // namespace uly::launch
