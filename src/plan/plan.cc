@@ -37,7 +37,9 @@ step::Mesh make_mesh(const recipe::Recipe& r, const models::Spec& spec, int64_t 
   const std::string where = fmt::format("sequence_parallel_size ({})", r.where("sequence_parallel_size"));
   ULY_USER_CHECK(P <= world && world % P == 0, "{}: expected a divisor of {} rank{}, found {}", where, world, world == 1 ? "" : "s", P);
   ULY_USER_CHECK(P <= spec.N, "{}: {} ranks cannot share {} query heads: expected at most {}", where, P, spec.N, spec.N);
-  return {.W = world, .P = P, .rank = 0};
+  const int64_t node = r.deepspeed.hpz_partition_size;
+  ULY_USER_CHECK(world % node == 0, "deepspeed.zero_optimization.zero_hpz_partition_size ({}): expected a divisor of {} rank{}, found {}", r.where("deepspeed.zero_optimization.zero_hpz_partition_size"), world, world == 1 ? "" : "s", node);
+  return {.W = world, .P = P, .rank = 0, .node = node < world ? node : 1};
 }
 
 // What CUDA, cuBLAS, cuDNN and this program's own kernels take of a GPU by being loaded (bench/results/planner.jsonl).
@@ -159,7 +161,7 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
   text += fmt::format("|{}|{}|{}|{}", static_cast<int>(a.backend), a.kv_heads_at_once, a.backward_queries, a.backward_keys);
   for (const step::LayerKeep& k : plan.options.keep) text += fmt::format("{}{}{}{}{}{}{},", static_cast<int>(k.level), k.input, k.output, static_cast<int>(k.input_tier), static_cast<int>(k.output_tier), static_cast<int>(k.projections_tier), static_cast<int>(k.gate_up_tier));
   for (const step::UnitTiers& t : plan.options.tiers) text += fmt::format("{}{}{}{},", static_cast<int>(t.weight), static_cast<int>(t.optimizer), static_cast<int>(t.gradient), t.update_on_host);
-  text += fmt::format("|{}", plan.options.exchange_parts);
+  text += fmt::format("|{}|{}", plan.options.exchange_parts, plan.mesh.node);
   text += fmt::format("|{}|{}|{}", plan.options.rebuilt_inputs, plan.options.lean, static_cast<int>(plan.options.rebuilt_tier));
   const XXH128_hash_t h = XXH3_128bits(text.data(), text.size());
   return fmt::format("{:016x}{:016x}", h.high64, h.low64);
@@ -223,7 +225,7 @@ int64_t ranks_on_machine(const Machine& machine, int64_t world) { return machine
 
 Question question(const Plan& plan, const recipe::Recipe& r, const Machine& machine) {
   const int64_t W = plan.mesh.W;
-  const Links links{.W = W, .P = plan.options.exchange_ranks(), .node_ranks = ranks_on_machine(machine, W), .gpu_ranks = machine.gpu_ranks, .nccl = choose_exchanges(machine, W).nccl};
+  const Links links{.W = W, .P = plan.options.exchange_ranks(), .near = plan.mesh.node, .node_ranks = ranks_on_machine(machine, W), .gpu_ranks = machine.gpu_ranks, .nccl = choose_exchanges(machine, W).nccl};
   return {.room = plan.room, .rates = machine.cuda ? preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, W), links) : Rates{}, .besides_bytes = plan.besides_bytes, .cuda = machine.cuda, .micro_batches = r.gradient_accumulation_steps};
 }
 
