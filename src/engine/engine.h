@@ -50,7 +50,8 @@ class Engine : public ops::Ops {
  public:
   static constexpr int64_t kRehearsedRows = 64, kRehearsedDocument = 256;
 
-  Engine(comm::Group& world, comm::Group& sequence, bool rehearsal = false) : world_(world), sequence_(sequence), rehearsal_(rehearsal) {}
+  // `node`: null where no ranks share a second copy of the weights.
+  Engine(comm::Group& world, comm::Group& sequence, comm::Group* node, bool rehearsal = false) : groups_{&sequence, &world, node}, rehearsal_(rehearsal) {}
 
   // Gets the memory that lives as long as the run; then the program that makes it is run once.
   void begin_run(const ops::Places& places);
@@ -97,7 +98,8 @@ class Engine : public ops::Ops {
   void* address(const ops::Buffer& b) const;  // not of the disk
   int64_t place_bytes(const ops::Buffer& b) const;  // from the start of its arena
   kernels::Matrix matrix(const ops::Buffer& b) const;
-  comm::Group& group(ops::Group which) { return which == ops::Group::kWorld ? world_ : sequence_; }
+  comm::Group& group(ops::Group which) { return *groups_[static_cast<size_t>(which)]; }
+  bool has(ops::Group which) const { return groups_[static_cast<size_t>(which)] != nullptr; }
   // An event that has happened when `wait` returns.
   ops::Event started(std::function<void()> wait);
   const BatchData& batch() const { return batch_; }
@@ -112,8 +114,7 @@ class Engine : public ops::Ops {
                                 const ops::UpdateRange& range) const;
 
  private:
-  comm::Group& world_;
-  comm::Group& sequence_;
+  std::array<comm::Group*, ops::kNumGroups> groups_;
   std::array<std::byte*, ops::kNumTiers> run_base_{}, step_base_{};
   std::array<int64_t, ops::kNumTiers> step_bytes_{};
   ops::Places run_places_;

@@ -13,6 +13,7 @@
 namespace uly::engine {
 
 struct CpuOptions {
+  comm::Group* node = nullptr;            // of the ranks that share a second copy of the weights, where there is one
   std::vector<std::string> disk_folders;  // where the tier beyond host memory lies
   memory::Faults disk_faults;             // for tests
   uint64_t delays = 0;                    // for tests: seed of random pauses in all that happens beside the launching thread
@@ -20,6 +21,7 @@ struct CpuOptions {
 };
 
 struct CudaOptions {
+  comm::Group* node = nullptr;   // of the ranks that share a second copy of the weights, where there is one
   int device = 0;                // as CUDA counts the visible ones
   int64_t scratch_bytes = 0;     // for kernels that sum over rows
   bool deterministic = false;    // the same bits in every run

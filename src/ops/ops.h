@@ -19,7 +19,8 @@
 
 namespace uly::ops {
 
-enum class Group : uint8_t { kSequence, kWorld };
+enum class Group : uint8_t { kSequence, kWorld, kNode };  // kNode: ranks that share a second copy of the weights
+inline constexpr int kNumGroups = 3;
 
 // Something that an instruction will have done while others run: a collective, a move, an update on the host. It begins when
 // all before it is done; until wait(event) what it reads may be read, and what it writes may not be touched. Waiting orders

@@ -66,10 +66,12 @@ void Writer::mesh(const Machine& machine) {
   const step::Mesh& mesh = plan_.mesh;
   line("mesh", "{} rank{} on {} = {} replica{} x {} that share a sequence; weights, gradients and optimizer in {} shard{} (ZeRO-3)", mesh.W, mesh.W == 1 ? "" : "s", machine.cuda ? "GPUs" : "the CPU",
        mesh.R(), mesh.R() == 1 ? "" : "s", mesh.P, mesh.W, mesh.W == 1 ? "" : "s");
+  if (mesh.node > 1) line("", "every {} ranks share a second copy of the weights, from which backward gathers them (zero_hpz_partition_size)", mesh.node);
+  else if (r_.deepspeed.hpz_partition_size > 1) line("", "zero_hpz_partition_size: all ranks are one node, whose copy of the weights is the one there is: no effect");
   const Exchanges exchanges = choose_exchanges(machine, mesh.W);
   if (machine.cuda && (mesh.W > 1 || exchanges.nccl)) line("exchanges", "{}", exchanges.words);
   if (plan_.options.exchange_parts > 1) line("", "a rank's heads in {} parts: q, k, v of the next and outputs of the last travel under attention", plan_.options.exchange_parts);
-  facts()["exchanges"] = {{"by", exchanges.nccl ? "nccl" : "gloo"}, {"words", exchanges.words}, {"parts", plan_.options.exchange_parts}};
+  facts()["exchanges"] = {{"by", exchanges.nccl ? "nccl" : "gloo"}, {"words", exchanges.words}, {"parts", plan_.options.exchange_parts}, {"node", mesh.node}};
   facts()["mesh"] = {{"device", machine.cuda ? "cuda" : "cpu"}, {"world", mesh.W}, {"sequence_parallel", mesh.P}, {"replicas", mesh.R()}};
 }
 
@@ -206,8 +208,8 @@ void Writer::attention() {
   const ops::AttentionSchedule& a = plan_.options.attention;
   if (a.backend == ops::AttentionBackend::kCpu) return;
   const int64_t S = plan_.options.S(), P = plan_.options.exchange_ranks();
-  int64_t most_kv = 0;  // of a rank
-  for (int64_t p = 0; p < P; ++p) most_kv = std::max(most_kv, step::heads_of_rank(spec_, P, p).k);
+  int64_t most_kv = 0;  // of a rank, in a part
+  for (int64_t p = 0; p < P; ++p) most_kv = std::max(most_kv, step::heads_of_rank(spec_, P, p).k / plan_.options.exchange_parts);
   std::string text = a.backend == ops::AttentionBackend::kCudnn ? "cuDNN" : "ATen's flash attention (slower than cuDNN on Hopper and newer; allocates its results besides)";
   if (a.backend == ops::AttentionBackend::kCudnn) {
     if (S > a.forward_block) text += fmt::format("; forward in blocks of {} tokens", format_count(a.forward_block));

@@ -35,7 +35,9 @@ step::Mesh make_mesh(const recipe::Recipe& r, const models::Spec& spec, int64_t 
   const std::string where = fmt::format("sequence_parallel_size ({})", r.where("sequence_parallel_size"));
   ULY_USER_CHECK(P <= world && world % P == 0, "{}: expected a divisor of {} rank{}, found {}", where, world, world == 1 ? "" : "s", P);
   ULY_USER_CHECK(P <= spec.N, "{}: {} ranks cannot share {} query heads: expected at most {}", where, P, spec.N, spec.N);
-  return {.W = world, .P = P, .rank = 0};
+  const int64_t node = r.deepspeed.hpz_partition_size;
+  ULY_USER_CHECK(world % node == 0, "deepspeed.zero_optimization.zero_hpz_partition_size ({}): expected a divisor of {} rank{}, found {}", r.where("deepspeed.zero_optimization.zero_hpz_partition_size"), world, world == 1 ? "" : "s", node);
+  return {.W = world, .P = P, .rank = 0, .node = node < world ? node : 1};
 }
 
 // What CUDA, cuBLAS, cuDNN and this program's own kernels take of a GPU by being loaded (bench/results/planner.jsonl).
@@ -207,7 +209,7 @@ std::string hash_of(const recipe::Recipe& r, const models::Spec& spec, const Pla
   text += fmt::format("|{}|{}|{}|{}", static_cast<int>(a.backend), a.kv_heads_at_once, a.backward_queries, a.backward_keys);
   for (const step::LayerKeep& k : plan.options.keep) text += fmt::format("{}{}{}{}{}{}{},", static_cast<int>(k.level), k.input, k.output, static_cast<int>(k.input_tier), static_cast<int>(k.output_tier), static_cast<int>(k.projections_tier), static_cast<int>(k.gate_up_tier));
   for (const step::UnitTiers& t : plan.options.tiers) text += fmt::format("{}{}{}{},", static_cast<int>(t.weight), static_cast<int>(t.optimizer), static_cast<int>(t.gradient), t.update_on_host);
-  text += fmt::format("|{}", plan.options.exchange_parts);
+  text += fmt::format("|{}|{}", plan.options.exchange_parts, plan.mesh.node);
   for (const Packed* data : {&plan.train, &plan.eval})
     if (*data) text += fmt::format("|{}|{}|{}|{}", data->file->num_samples(), data->packs->size(), data->packs->num_tokens, data->padded_tokens);
   text += fmt::format("|{}|{}|{}", plan.options.rebuilt_inputs, plan.options.lean, static_cast<int>(plan.options.rebuilt_tier));
@@ -290,7 +292,7 @@ namespace {
 // Of one rank. Ranks of a machine share its cores, its memory and its disks; on the CPU nothing is known that was not measured.
 Rates rates_for(const Plan& plan, const recipe::Recipe& r, const Machine& machine) {
   const int64_t W = plan.mesh.W, ranks = ranks_on_machine(machine, W);
-  const Links links{.W = W, .P = plan.options.exchange_ranks(), .node_ranks = ranks, .gpu_ranks = machine.gpu_ranks, .nccl = choose_exchanges(machine, W).nccl};
+  const Links links{.W = W, .P = plan.options.exchange_ranks(), .near = plan.mesh.node, .node_ranks = ranks, .gpu_ranks = machine.gpu_ranks, .nccl = choose_exchanges(machine, W).nccl};
   const Rates preset = preset_rates(machine.gpu_name, machine.cores / std::max<int64_t>(1, ranks), links);
   if (!machine.measured) return machine.cuda ? preset : Rates{};
   Rates rates = r.model.dtype == Dtype::kBf16 ? machine.measured->bf16 : machine.measured->fp32;
@@ -306,7 +308,7 @@ Rates rates_for(const Plan& plan, const recipe::Recipe& r, const Machine& machin
   const double share = 1.0 / static_cast<double>(ranks);
   rates.disk_bytes *= share, rates.host_update_bytes *= share;
   if (machine.cuda) {  // between GPUs nothing was measured
-    rates.sequence_bytes = preset.sequence_bytes, rates.gather_bytes = preset.gather_bytes, rates.scatter_bytes = preset.scatter_bytes;
+    rates.sequence_bytes = preset.sequence_bytes, rates.node_bytes = preset.node_bytes, rates.gather_bytes = preset.gather_bytes, rates.scatter_bytes = preset.scatter_bytes;
     return rates;
   }
   for (double Rates::*rate : {&Rates::gemm_flops, &Rates::attention_forward_flops, &Rates::attention_backward_flops, &Rates::device_bytes, &Rates::to_host_bytes, &Rates::to_device_bytes}) rates.*rate *= share;

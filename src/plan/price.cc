@@ -268,10 +268,10 @@ ops::Event Priced::all_to_all(Buffer, Buffer send, ops::Group, const std::vector
   return aside(Stream::kNetwork, over(bytes * (ranks - 1) / ranks, rates_.sequence_bytes));  // a rank's own block stays
 }
 
-ops::Event Priced::all_gather(Buffer whole, Buffer shard, ops::Group) {
+ops::Event Priced::all_gather(Buffer whole, Buffer shard, ops::Group group) {
   const double bytes = static_cast<double>(whole.bytes() - shard.bytes());
   price_.gathered_bytes += bytes;
-  return aside(Stream::kNetwork, over(bytes, rates_.gather_bytes));
+  return aside(Stream::kNetwork, over(bytes, group == ops::Group::kNode ? rates_.node_bytes : rates_.gather_bytes));
 }
 
 ops::Event Priced::scatter(Buffer received, Buffer, ops::Group group) {

@@ -34,7 +34,7 @@ double all_to_all_rate(double ranks, double near, double nvlink, double network)
 
 void set_links(Rates& r, const Preset& gpu, bool has_nvlink, const Links& links) {
   if (!links.nccl) {
-    r.sequence_bytes = r.gather_bytes = r.scatter_bytes = kGloo;
+    r.sequence_bytes = r.node_bytes = r.gather_bytes = r.scatter_bytes = kGloo;
     return;
   }
   const double share = static_cast<double>(std::max<int64_t>(1, links.gpu_ranks)), node = static_cast<double>(std::clamp<int64_t>(links.node_ranks, 1, links.W));
@@ -43,7 +43,8 @@ void set_links(Rates& r, const Preset& gpu, bool has_nvlink, const Links& links)
   r.sequence_bytes = all_to_all_rate(P, std::min(P, node), nvlink, network);
   r.scatter_bytes = all_to_all_rate(W, node, nvlink, network);
   // What others have comes into a node once, through all its adapters, and is passed on there.
-  r.gather_bytes = W > node ? std::min(nvlink, network * node) : nvlink;
+  const auto gathered = [&](double ranks) { return ranks > node ? std::min(nvlink, network * node) : nvlink; };
+  r.gather_bytes = gathered(W), r.node_bytes = gathered(static_cast<double>(links.near));
 }
 
 }  // namespace

@@ -16,12 +16,13 @@ struct Rates {
   double disk_bytes = 0;                 // read or written
   double host_update_bytes = 0;          // read and written by AdamW on the host
   double sequence_bytes = 0;             // sent by a rank to others of its sequence
+  double node_bytes = 0;                 // received by a rank of weights that ranks near it have
   double gather_bytes = 0, scatter_bytes = 0;  // received by a rank of others' weights, sent to others of its gradients
 };
 
 // How ranks are spread and what they exchange by.
 struct Links {
-  int64_t W = 1, P = 1;
+  int64_t W = 1, P = 1, near = 1;         // near: ranks that share a second copy of the weights
   int64_t node_ranks = 1, gpu_ranks = 1;  // ranks on one machine, on one GPU
   bool nccl = true;                       // else through host memory
 };

@@ -56,6 +56,12 @@ Section zero_section() {
                .initial = "{}",
                .doc = "Weights in host memory.",
                .section = {offload_section("deepspeed.zero_optimization.offload_param", &Deepspeed::offload_param)}},
+              {.name = "zero_hpz_partition_size",
+               .kind = kInt,
+               .initial = "1",
+               .min = 1,
+               .doc = "Ranks, in a row, that share a second copy of the weights in the compute dtype: those of a node. Weights are gathered from all ranks once after an update, afterwards inside the node. A divisor of the ranks; 1: no such copy.",
+               .set = into(&Recipe::deepspeed, &Deepspeed::hpz_partition_size)},
           },
       .open = true,
       .open_why = "buffers and prefetching are planned, not set",
@@ -90,7 +96,7 @@ Section zero_section() {
                                                                                      "cpu_offload_param",
                                                                                      "cpu_offload_use_pin_memory"}));
   append(out.fields, without_effect("exchanges are exact and over all ranks",
-                                    {"zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
+                                    {"zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
                                      "zeropp_loco_param", "mics_shard_size", "mics_hierarchical_params_gather"}));
   return out;
 }

@@ -85,6 +85,7 @@ struct Deepspeed {
   double gradient_clipping = 1.0;               // 0: off
   Dtype wire_dtype = Dtype::kF32;               // seq_parallel_communication_data_type
   bool offload_optimizer = false, offload_param = false;
+  int64_t hpz_partition_size = 1;               // ranks that share a second copy of the weights; 1: none
 };
 
 struct Recipe {

@@ -11,9 +11,10 @@
 
 namespace uly::step {
 
-// W = R * P ranks; P consecutive ranks share one sequence, R replicas take different ones.
+// W = R * P ranks; P consecutive ranks share one sequence, R replicas take different ones. `node` consecutive ranks share a second
+// copy of the weights, from which they gather but for the first time after an update; 1: there is none.
 struct Mesh {
-  int64_t W = 1, P = 1, rank = 0;
+  int64_t W = 1, P = 1, rank = 0, node = 1;
   int64_t R() const { return W / P; }
   int64_t p() const { return rank % P; }
   int64_t replica() const { return rank / P; }

@@ -31,6 +31,7 @@ States make_states(ops::Ops& ops, const std::vector<models::Unit>& units, const 
       state.v = make(n, Dtype::kF32, ops::Kind::kOptimizer, "second moment", tiers.optimizer);
       on_host = on_host || tiers.update_on_host;
     }
+    if (options.mesh.node > 1) state.near = make(n * options.mesh.W / options.mesh.node, options.dtype, ops::Kind::kWeights, "weights, the node's copy", Tier::kDevice);
     state.gradient = make(n, Dtype::kF32, ops::Kind::kGradients, "gradients", tiers.gradient);
     states.units.push_back(state);
   }
@@ -66,7 +67,7 @@ std::vector<ops::UpdateRange> update_ranges(const models::Unit& unit, const Mesh
 }
 
 Zero::Zero(ops::Ops& ops, const std::vector<models::Unit>& units, const Options& options, const States& states, const Phase& phase)
-    : ops_(ops), units_(units), options_(options), states_(states), phase_(phase), begun_(units.size()), reduced_(units.size()), brought_(units.size()), arriving_(units.size()), updating_(units.size()), updated_(units.size(), !phase.update) {}
+    : ops_(ops), units_(units), options_(options), states_(states), phase_(phase), near_(units.size(), options.mesh.node > 1 && !phase.first), begun_(units.size()), reduced_(units.size()), brought_(units.size()), arriving_(units.size()), updating_(units.size()), updated_(units.size(), !phase.update) {}
 
 Zero::~Zero() = default;
 
@@ -85,14 +86,14 @@ void Zero::prefetch(size_t u) {
   Buffer on_device = shard;
   if (shard.tier != Tier::kDevice) {
     b.shard = Held(ops_, 1, shard.columns, shard.dtype, ops::Kind::kWeights, "weights");
-    b.event = ops_.move(b.shard, shard);
+    if (!near_[u]) b.event = ops_.move(b.shard, shard);  // it is made anyway: programs of a step's micro-batches make the same buffers
     on_device = b.shard;
   }
   if (options_.mesh.W > 1) {
     arrive(u);
     b.whole = Held(ops_, 1, shard.columns * options_.mesh.W, shard.dtype, ops::Kind::kWeights, "gathered weights");
     if (b.shard.exists()) ops_.wait(b.event);
-    b.event = ops_.all_gather(b.whole, on_device, ops::Group::kWorld);
+    b.event = near_[u] ? ops_.all_gather(b.whole, states_.units[u].near, ops::Group::kNode) : ops_.all_gather(b.whole, on_device, ops::Group::kWorld);
   }
   brought_[u] = std::move(b);
 }
@@ -107,6 +108,11 @@ Buffer Zero::weights(size_t u) {
   if (!b.arrived) {
     ops_.wait(b.event);
     if (b.whole.exists()) b.shard.reset();
+    if (options_.mesh.node > 1 && !near_[u]) {
+      const Buffer near = states_.units[u].near;
+      ops_.copy(near, (*b.whole).column_range(options_.mesh.rank % options_.mesh.node * near.columns, near.columns));
+      near_[u] = true;
+    }
   }
   b.arrived = true;
   return b.whole.exists() ? b.whole : b.shard;

@@ -4,7 +4,8 @@
 //
 // Source      arXiv:1910.02054, stage 3; the tiers: arXiv:2104.07857, sections 5 and 6.  W = 1 gathers and reduces nothing: the
 //             shard is the whole.
-// Collective  world group; a gather moves elements * bytes of the weights, a reduction elements * bytes of the wire type,
+// A second copy of the weights inside a node is that of arXiv:2306.10209, section 3.2, in the compute dtype.
+// Collective  world group, node group; a gather moves elements * bytes of the weights, a reduction elements * bytes of the wire type,
 //             and the owner sums in fp32, in order of rank.
 #pragma once
 
@@ -21,6 +22,7 @@ struct UnitState {
   ops::Buffer master;    // fp32, or i16: what a bf16 weight lacks of it
   ops::Buffer m, v;      // fp32
   ops::Buffer gradient;  // fp32, of the micro-batches of a step so far
+  ops::Buffer near;      // this rank's part of the node's copy of the weights; 1 x W / node shards
   ops::Buffer copy;      // of a weight on the device whose master of 16 bits is updated on the host: the other half of it
 };
 
@@ -116,6 +118,7 @@ class Zero {
   const Options& options_;
   const States& states_;
   Phase phase_;
+  std::vector<char> near_;             // units whose weights the node has
   std::vector<char> begun_, reduced_;  // units whose gradient has been asked for, has reached its owners
   std::vector<std::optional<Brought>> brought_;
   ops::Held gradient_;                 // of the unit in backward, where it does not lie in its state

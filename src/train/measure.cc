@@ -289,7 +289,7 @@ Json measure(const Measure& what) {
   Rates shared;
   shared.host_update_bytes = told(meter.rate(&Rates::host_update_bytes, 16, updates(z)), "updates on the host", kGiga, "GB/s");
   shared.to_host_bytes = shared.to_device_bytes = told(meter.rate(&Rates::to_host_bytes, 16, copies(z)), "copies, both ways at once, each", kGiga, "GB/s");
-  shared.sequence_bytes = shared.gather_bytes = shared.scatter_bytes = told(exchanged_bytes_a_second(), "between two ranks", kGiga, "GB/s");
+  shared.sequence_bytes = shared.node_bytes = shared.gather_bytes = shared.scatter_bytes = told(exchanged_bytes_a_second(), "between two ranks", kGiga, "GB/s");
   Json out;
   for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
     Rates r = shared;

@@ -138,7 +138,7 @@ Json figures(Session& s, double seconds, int64_t before, const std::optional<lau
   const int64_t peak = memory::peak_resident_bytes(), arenas = held[1] + (cuda ? 0 : held[0]);
   out["process"] = {{"peak_bytes", peak}, {"at_start_bytes", before}, {"arenas_bytes", arenas}, {"besides_bytes", peak - before - arenas}, {"group_peak_bytes", memory::group_peak_bytes()}, {"agree", peak - arenas >= 0 && peak - arenas <= kProcessBytes}};
 
-  const auto bytes = busy(s, {.to_host_bytes = 1, .to_device_bytes = 1, .disk_bytes = 1, .host_update_bytes = 1, .sequence_bytes = 1, .gather_bytes = 1, .scatter_bytes = 1}), predicted = busy(s, s.plan().rates);
+  const auto bytes = busy(s, {.to_host_bytes = 1, .to_device_bytes = 1, .disk_bytes = 1, .host_update_bytes = 1, .sequence_bytes = 1, .node_bytes = 1, .gather_bytes = 1, .scatter_bytes = 1}), predicted = busy(s, s.plan().rates);
   const auto measured = s.engine().seconds();
   for (const Aside& aside : kAsides) {
     const size_t i = static_cast<size_t>(aside.stream);

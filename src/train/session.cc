@@ -82,6 +82,11 @@ Session::Session(const Job& job, comm::World& world)
   for (int64_t p = 0; p < mesh_.P; ++p) peers.push_back(mesh_.replica() * mesh_.P + p);
   sequence_ = world_.subgroup(peers, fmt::format("sequence {}", mesh_.replica()));
 
+  if (mesh_.node > 1) {
+    std::vector<int64_t> near;
+    for (int64_t i = 0; i < mesh_.node; ++i) near.push_back(mesh_.rank / mesh_.node * mesh_.node + i);
+    node_ = world_.subgroup(near, fmt::format("node {}", mesh_.rank / mesh_.node));
+  }
   make_engine(job, local_rank);
   const step::Options options = plan::options_for(plan_, mesh_.rank, plan_.planned_length);
   const plan::Price price = plan::price_step(*model_, options);
@@ -131,7 +136,7 @@ void Session::load_weights() {
 void Session::empty_states() {
   std::vector<float> zeros;
   for (const step::UnitState& u : states_.units)
-    for (const ops::Buffer& b : {u.weight, u.master, u.m, u.v, u.gradient, u.copy}) {
+    for (const ops::Buffer& b : {u.weight, u.master, u.m, u.v, u.gradient, u.near, u.copy}) {
       if (!b.exists()) continue;
       if (b.tier == ops::Tier::kDevice) {
         engine_->zero(b);
@@ -186,10 +191,10 @@ void Session::write_state(size_t unit, checkpoint::Moment moment, int64_t at, st
 
 void Session::make_engine(const Job& job, int64_t local_rank) {
   if (!job.cuda) {
-    engine_ = engine::make_cpu_engine(world_.all(), *sequence_, {.disk_folders = recipe_.memory_disk_folders, .disk_faults = memory::faults_from(job.disk_faults), .delays = job.delays, .rehearsal = job.rehearse});
+    engine_ = engine::make_cpu_engine(world_.all(), *sequence_, {.node = node_.get(), .disk_folders = recipe_.memory_disk_folders, .disk_faults = memory::faults_from(job.disk_faults), .delays = job.delays, .rehearsal = job.rehearse});
     return;
   }
-  engine::CudaOptions options{.device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .rehearsal = job.rehearse, .nccl = plan::choose_exchanges(machine_, world_.size()).nccl, .disk_folders = recipe_.memory_disk_folders, .disk_faults = memory::faults_from(job.disk_faults), .host_threads = static_cast<int>(std::max<int64_t>(1, machine_.cores / plan::ranks_on_machine(machine_, world_.size()))), .advice = {}};
+  engine::CudaOptions options{.node = node_.get(), .device = static_cast<int>(local_rank % std::max<int64_t>(1, machine_.gpus)), .scratch_bytes = ops::kernel_scratch_bytes(plan::widest_summed_columns(spec())), .deterministic = recipe_.deterministic, .rehearsal = job.rehearse, .nccl = plan::choose_exchanges(machine_, world_.size()).nccl, .disk_folders = recipe_.memory_disk_folders, .disk_faults = memory::faults_from(job.disk_faults), .host_threads = static_cast<int>(std::max<int64_t>(1, machine_.cores / plan::ranks_on_machine(machine_, world_.size()))), .advice = {}};
   options.advice = [this, local_rank](int64_t bytes) {
     const int64_t longest = plan::longest_that_fits(recipe_, spec(), machine_, world_.size(), bytes + plan_.besides_bytes);
     return others_on_gpu(local_rank) + (longest > 0 ? fmt::format("; the longest that fits is data.max_length={}", longest) : "");

@@ -89,7 +89,7 @@ class Session {
   std::unique_ptr<step::Model> model_;
   plan::Plan plan_;
   step::Mesh mesh_;
-  std::unique_ptr<comm::Group> sequence_;
+  std::unique_ptr<comm::Group> sequence_, node_;  // node_: where ranks share a second copy of the weights
   std::unique_ptr<engine::Engine> engine_;
   step::States states_;
   plan::Machine machine_;

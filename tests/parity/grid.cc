@@ -60,9 +60,9 @@ void write_tokens(const fs::path& path, const Training& run) {
 void write_recipe(const fs::path& path, const fs::path& folder, const Training& run) {
   std::ofstream(path) << fmt::format(
       "type: sft\nmodel:\n  name_or_path: {0}/model\n  dtype: {1}\n  init: random\ndata:\n  sources: [{0}/none.jsonl]\n  max_length: 128\n  div_length: {7}\n"
-      "optimizer:\n  learning_rate: 1.0e-3\nscheduler:\n  warmup_ratio: 0.0\ndeepspeed:\n  zero_optimization:\n    stage: 3\n  seq_parallel_communication_data_type: {8}\n"
+      "optimizer:\n  learning_rate: 1.0e-3\nscheduler:\n  warmup_ratio: 0.0\ndeepspeed:\n  zero_optimization:\n    stage: 3\n    zero_hpz_partition_size: {10}\n  seq_parallel_communication_data_type: {8}\n"
       "sequence_parallel_size: {2}\ngradient_accumulation_steps: {3}\nmicro_batch_size: {4}\ntrain_log_iter_interval: {9}\ntrain_log_metrics_path: {0}/metrics.jsonl\nexit_iteration: {5}\nkill_switch_path: /nonexistent/stop\n{6}",
-      folder.string(), run.dtype, run.P, run.accumulation, run.micro_batch, run.steps, run.extra, run.div_length, run.wire, run.evaluates ? 1 : 0);
+      folder.string(), run.dtype, run.P, run.accumulation, run.micro_batch, run.steps, run.extra, run.div_length, run.wire, run.evaluates ? 1 : 0, run.node);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ struct Training {
   Shape shape;
   int64_t W = 1, P = 1, accumulation = 1, micro_batch = 1, steps = 2, div_length = 1;
   std::vector<int64_t> lengths = {37, 5, 64, 1, 50, 23, 41, 16};
+  int64_t node = 1;       // ranks that share a second copy of the weights
   std::string extra;      // more lines of the recipe
   std::vector<std::string> overrides;
   bool distinct = false;  // every token of the file has an id of its own, from 1 on

@@ -57,6 +57,16 @@ TEST(ParityTest, UnevenHeads6On4RanksWithEveryFamily) {
   }
 }
 
+TEST(ParityTest, NodesWithACopyOfTheWeightsAreOneNode) {
+  Training one;
+  one.W = 4, one.P = 2, one.accumulation = 2;
+  Training nodes = one;
+  nodes.node = 2;
+  const Result a = train(one), b = train(nodes);
+  EXPECT_EQ(a.losses, b.losses);
+  EXPECT_EQ(a.gradients, b.gradients);
+}
+
 TEST(ParityTest, MultiQueryOnTwoRanksWithTiedEmbeddings) {
   Training one;
   one.shape.K = 1, one.shape.tied = true;

@@ -32,6 +32,7 @@ struct Shape {
   bool tied = false, qk_norm = false;
   Dtype dtype = Dtype::kF32;
   int64_t N = 4, K = 2;
+  int64_t node = 1;
 };
 
 models::Spec spec_of(const Shape& shape) {
@@ -63,7 +64,13 @@ std::vector<std::vector<uint8_t>> train(const Shape& shape, const Variant& varia
   std::vector<int64_t> peers;
   for (int64_t p = 0; p < o.mesh.P; ++p) peers.push_back(o.mesh.replica() * o.mesh.P + p);
   const auto sequence = world.subgroup(peers, "sequence");
-  const auto engine = engine::make_cpu_engine(world.all(), *sequence, {.disk_folders = {std::filesystem::temp_directory_path()}, .delays = delays});
+  std::unique_ptr<comm::Group> node;
+  if (o.mesh.node > 1) {
+    std::vector<int64_t> near;
+    for (int64_t i = 0; i < o.mesh.node; ++i) near.push_back(o.mesh.rank / o.mesh.node * o.mesh.node + i);
+    node = world.subgroup(near, "node");
+  }
+  const auto engine = engine::make_cpu_engine(world.all(), *sequence, {.node = node.get(), .disk_folders = {std::filesystem::temp_directory_path()}, .delays = delays});
   engine->begin_run(plan::price_step(model, o).run_places);
   const step::States states = step::make_states(*engine, model.units, o);
   for (size_t u = 0; u < model.units.size(); ++u) {
@@ -221,6 +228,25 @@ TEST_P(TiersTest, AnotherPlanForEachMicroBatchChangesNoBit) {
 INSTANTIATE_TEST_SUITE_P(Shapes, TiersTest,
                          testing::Values(Shape{.name = "OneRank"}, Shape{.name = "OneRankTiedBf16", .tied = true, .qk_norm = true, .dtype = Dtype::kBf16}, Shape{.name = "TwoShareASequence", .W = 2, .P = 2},
                                          Shape{.name = "FourTiedInTwoReplicas", .W = 4, .P = 2, .tied = true, .qk_norm = true}),
+                         [](const auto& info) { return info.param.name; });
+
+class NodesTest : public testing::TestWithParam<Shape> {};
+
+// With all states on the device, and in every other way; ranks of a sequence in one node or in two.
+TEST_P(NodesTest, ACopyOfTheWeightsInEachNodeChangesNoBit) {
+  Shape plain = GetParam();
+  plain.node = 1;
+  const auto one = train_all(plain, {"one copy", [](step::Options&) {}}, 0);
+  EXPECT_TRUE(train_all(plain, {"nodes", [&](step::Options& o) { o.mesh.node = GetParam().node; }}, 0) == one);
+  for (const Variant& variant : variants()) {
+    SCOPED_TRACE(variant.name);
+    const Variant nodes{"", [&](step::Options& o) { variant.change(o), o.mesh.node = GetParam().node; }};
+    EXPECT_TRUE(train_all(plain, nodes, 31) == one);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, NodesTest,
+                         testing::Values(Shape{.name = "TwoNodesOfTwo", .W = 4, .P = 2, .node = 2}, Shape{.name = "SequencesOverTwoNodesTiedBf16", .W = 4, .P = 4, .tied = true, .qk_norm = true, .dtype = Dtype::kBf16, .N = 8, .K = 4, .node = 2}),
                          [](const auto& info) { return info.param.name; });
 
 class ExchangePartsTest : public testing::TestWithParam<Shape> {};

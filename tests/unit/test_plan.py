@@ -145,6 +145,18 @@ def test_an_imagined_machine_has_what_it_is_given(here):
     assert "imagined" in here.text("--gpu", "B200")
 
 
+def test_weights_may_be_copied_into_every_node(here):
+    two_nodes = ["--gpus", "16", "--nodes", "2", "--gpu", "H100", "sequence_parallel_size=8"]
+    plain, copied = here.facts(*two_nodes), here.facts(*two_nodes, "deepspeed.zero_optimization.zero_hpz_partition_size=8")
+    assert (plain["exchanges"]["by"], plain["exchanges"]["node"], copied["exchanges"]["node"]) == ("nccl", 1, 8)
+    eighth = copied["bytes"]["between_steps"] - plain["bytes"]["between_steps"]
+    assert eighth == pytest.approx(8.03e9 * 2 / 8, rel=0.01) or plain["states"] != copied["states"]
+    assert copied["time"]["seconds"] <= plain["time"]["seconds"] * 1.01
+    assert "every 8 ranks share a second copy of the weights" in here.text(*two_nodes, "deepspeed.zero_optimization.zero_hpz_partition_size=8")
+    error = here.error(*two_nodes, "deepspeed.zero_optimization.zero_hpz_partition_size=3")
+    assert error.startswith("deepspeed.zero_optimization.zero_hpz_partition_size (command line): expected a divisor of 16 ranks, found 3")
+
+
 def test_an_imagined_machine_knows_nothing_of_this_one(here):
     program = fixtures.program_with_gpu_part(ULYSSES, here.path)
     there = fixtures.fake_gpus(fixtures.gpu("Tesla V100-SXM2-16GB", (7, 0), 16, 15.5))

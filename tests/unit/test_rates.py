@@ -8,7 +8,7 @@ import pytest
 import tiers
 from tiers import fixtures
 
-NAMES = ["gemm_flops", "attention_forward_flops", "attention_backward_flops", "device_bytes", "to_host_bytes", "to_device_bytes", "disk_bytes", "host_update_bytes", "sequence_bytes", "gather_bytes", "scatter_bytes"]
+NAMES = ["gemm_flops", "attention_forward_flops", "attention_backward_flops", "device_bytes", "to_host_bytes", "to_device_bytes", "disk_bytes", "host_update_bytes", "sequence_bytes", "node_bytes", "gather_bytes", "scatter_bytes"]
 RATES = {name: 1e10 for name in NAMES}
 
 

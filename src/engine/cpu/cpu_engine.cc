@@ -29,7 +29,7 @@ at::ScalarType scalar_type(Dtype dtype) {
 }  // namespace
 
 CpuEngine::CpuEngine(comm::Group& world, comm::Group& sequence, const CpuOptions& options)
-    : Engine(world, sequence, options.rehearsal),
+    : Engine(world, sequence, options.node, options.rehearsal),
       ring_(DiskTier::kPieces * DiskTier::kPieceBytes),
       run_disk_(options.disk_folders, ring_.base(), &copy_bytes, options.disk_faults),
       step_disk_(options.disk_folders, ring_.base(), &copy_bytes, options.disk_faults),

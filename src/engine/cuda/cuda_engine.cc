@@ -31,7 +31,7 @@ void unregister(const memory::HostArena& arena) {
 
 }  // namespace
 
-CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOptions& options) : Engine(world, sequence, options.rehearsal), options_(options) {
+CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOptions& options) : Engine(world, sequence, options.node, options.rehearsal), options_(options) {
   check(cudaSetDevice(options.device), fmt::format("GPU {}", options.device).c_str());
   for (cudaStream_t* stream : {&stream_, &to_host_, &to_device_, &disk_stream_}) check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "a stream");
   gemm_workspace_ = Memory(Place::kDevice, ops::kGemmWorkspaceBytes);
@@ -40,8 +40,8 @@ CudaEngine::CudaEngine(comm::Group& world, comm::Group& sequence, const CudaOpti
   attention_.emplace(stream_);
   if (!options.nccl) return;
   // Of one rank only where there is no other: then for tests.
-  for (const ops::Group which : {ops::Group::kWorld, ops::Group::kSequence})
-    if (group(which).size() > 1 || world.size() == 1) nccl_[static_cast<size_t>(which)].emplace(group(which), options.exchange_timeout);
+  for (const ops::Group which : {ops::Group::kWorld, ops::Group::kSequence, ops::Group::kNode})
+    if (has(which) && (group(which).size() > 1 || world.size() == 1)) nccl_[static_cast<size_t>(which)].emplace(group(which), options.exchange_timeout);
 }
 
 CudaEngine::~CudaEngine() {

@@ -127,7 +127,7 @@ class CudaEngine final : public Engine {
   size_t events_used_ = 0;
   Memory run_, step_, gemm_workspace_, scratch_;
   HostMemory run_host_, step_host_;
-  std::array<std::optional<Nccl>, 2> nccl_;  // by group
+  std::array<std::optional<Nccl>, ops::kNumGroups> nccl_;  // by group
   std::optional<DiskMoves> disk_;
   std::optional<Tasks> host_;  // updates
   std::optional<Gemm> gemm_;
