@@ -1,14 +1,20 @@
 """Chats to token ids and training flags, with a tokenizer's own chat template."""
 
 import json
+import re
 from bisect import bisect_left, bisect_right
 
 from ulysses_plus.errors import UserError, one_line
-from ulysses_plus.spans import EMPTY_THINK, message_spans, placeholder, skeleton_pieces
+from ulysses_plus.spans import EMPTY_THINK, PLAIN, message_spans, placeholder, shape_of, skeleton_of
+
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatTokenizer:
     """Renders, tokenises and marks conversations.
+
+    What the assistant said is where the template says so ({% generation %}), else where its text is found.
 
     tokenizer   a fast Transformers tokenizer with a chat template; raises UserError else, naming `name`
     """
@@ -22,6 +28,8 @@ class ChatTokenizer:
                 "(tokenizer.name_or_path)"
             )
         self.tokenizer = tokenizer
+        self.x_template = tokenizer.get_chat_template()
+        self.x_has_marks = bool(_MARKS.search(self.x_template))
         self.mask_inputs = mask_inputs
         self.ignore_empty_think = ignore_empty_think
         # Tokens that steer a template: never made from what somebody wrote in a message.
@@ -30,46 +38,60 @@ class ChatTokenizer:
             token.content: token for token in added.values() if token.special or token.content.startswith(("<|", "<\uff5c"))
         }
         self.x_plain = None          # made when the first message spells out a control token
-        self.x_skeletons = {}        # roles of a conversation -> skeleton pieces
+        self.x_skeletons = {}        # roles and shapes of a conversation's messages -> Skeleton or None
 
     def encode(self, turns, at):
-        """Returns (ids, flags, assistant): two lists of equal length and whether anybody answered.
+        """Returns (ids, flags, assistant): a list and a bytearray of equal length, and whether anybody answered.
 
         turns   [(role, text), ...]
-        flags   1 where the token is a target: with mask_inputs the assistant's text and the one token after it, else
-                all; never the first token
+        flags   1 where the token is a target: with mask_inputs what the template marks as generated or, without marks,
+                the assistant's text and the one token after it; else all; never the first token
         at      names the sample in errors
         Raises UserError when the template refuses the conversation or an answer is not found in what it rendered.
         """
-        text = self._render(turns, at)
+        text, marks = self._render(turns, at)
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise UserError(f"{at}: expected text, found half of a surrogate pair, {text[error.start]!r}: correct or remove the sample") from error
+        answered = any(role == "assistant" for role, _ in turns)
+        by_marks = self.x_has_marks and self.mask_inputs
+        if by_marks and not any(first < last for first, last in marks) and any(role == "assistant" and content.strip() for role, content in turns):
+            raise UserError(f"{at}: expected the chat template to mark the assistant's text (generation), found no mark: correct the template or remove the sample")
         contents = [content for _, content in turns]
-        spans = message_spans(text, contents, self._skeleton(turns))
-        answers = []
+        spelled = any(name in content for content in contents for name in self.x_control)
+        spans = message_spans(text, contents, self._skeleton(turns)) if spelled or (self.mask_inputs and not by_marks) else []
+        answers = marks if by_marks else self._answers(turns, spans, at) if self.mask_inputs else []
+        ids, offsets = self._tokenise(text, contents, spans if spelled else None, at)
+        if not self.mask_inputs:
+            flags = bytearray(b"\1") * len(ids)
+        else:
+            answers = [self._without_empty_think(text, span) for span in answers]
+            flags = (marked_flags if by_marks else flags_of)(text, offsets, answers)
+        if flags:
+            flags[0] = 0
+        return ids, flags, answered
+
+    def _answers(self, turns, spans, at):
         for (role, content), span in zip(turns, spans):
-            if role != "assistant":
-                continue
-            if span is None and self.mask_inputs:
+            if role == "assistant" and span is None:
                 raise UserError(
                     f"{at}: expected the assistant's text {one_line(repr(content), 40)} in what the chat template "
                     "rendered, found it changed or left out: use another chat template or remove the sample"
                 )
-            if span is not None:
-                answers.append(self._without_empty_think(text, span))
-        ids, offsets = self._tokenise(text, contents, spans, at)
-        flags = flags_of(text, offsets, answers) if self.mask_inputs else [1] * len(ids)
-        if flags:
-            flags[0] = 0
-        return ids, flags, any(role == "assistant" for role, _ in turns)
+        return [span for (role, _), span in zip(turns, spans) if role == "assistant"]
 
     def _render(self, turns, at):
+        """Returns (text, the parts of it that the template marks as the assistant's): character offsets."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+            texts, marks = render_jinja_template(
+                [messages], chat_template=self.x_template, return_assistant_tokens_mask=self.x_has_marks, **self.tokenizer.special_tokens_map
+            )
+            return texts[0], [tuple(mark) for mark in marks[0]] if self.x_has_marks else []
         except Exception as error:
             roles = ", ".join(dict.fromkeys(role for role, _ in turns))
             raise UserError(
@@ -78,16 +100,16 @@ class ChatTokenizer:
             ) from error
 
     def _skeleton(self, turns):
-        roles = tuple(role for role, _ in turns)
-        if roles not in self.x_skeletons:
+        shape = tuple((role, shape_of(content) if role == "assistant" else PLAIN) for role, content in turns)
+        if shape not in self.x_skeletons:
             if len(self.x_skeletons) > 4096:
                 self.x_skeletons.clear()
             try:
-                text = self._render([(role, placeholder(i)) for i, role in enumerate(roles)], "")
-                self.x_skeletons[roles] = skeleton_pieces(text, len(roles))
+                text, _ = self._render([(role, placeholder(i, kind)) for i, (role, kind) in enumerate(shape)], "")
+                self.x_skeletons[shape] = skeleton_of(text, [kind for _, kind in shape])
             except UserError:
-                self.x_skeletons[roles] = None
-        return self.x_skeletons[roles]
+                self.x_skeletons[shape] = None
+        return self.x_skeletons[shape]
 
     def _without_empty_think(self, text, span):
         start, end = span
@@ -97,10 +119,10 @@ class ChatTokenizer:
         return start, end
 
     def _tokenise(self, text, contents, spans, at):
-        """Returns (ids, character offsets). Control tokens spelled out inside a message become plain text."""
-        if not any(name in content for content in contents for name in self.x_control):
+        """Returns (ids, character offsets). With `spans` control tokens spelled out inside a message become plain text."""
+        if spans is None:
             encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-            return encoding.ids, encoding.offsets
+            return encoding.ids, encoding.offsets if self.mask_inputs else []
         if any(span is None and any(name in content for name in self.x_control) for content, span in zip(contents, spans)):
             raise UserError(f"{at}: a message spells out a special token, and the chat template changed that message: remove it")
         return self.tokenise_plainly(text, [span for span in spans if span is not None], at)
@@ -190,28 +212,36 @@ class _PlainTokenizer:
 
 def flags_of(text, offsets, spans):
     """Returns 1 for each token whose characters, white space at its edges aside, lie inside one of `spans`, and for the
-    one token right after each span.
+    one token right after each span: of an empty one, the token that begins where it stands.
 
     offsets   (start, end) of each token in `text`, ascending; spans ascending and disjoint
     """
-    flags = [0] * len(offsets)
-    starts = [start for start, _ in offsets]
+    flags = bytearray(len(offsets))
     for first, last in spans:
-        if first >= last:
-            continue
-        # A token may begin before the span with white space only, hence the step back.
-        i = max(0, bisect_left(starts, first) - 1)
-        after = None
-        while i < len(offsets):
-            start, end = offsets[i]
-            if start >= last:
-                after = i
-                break
-            if _inside(text, start, end, first, last):
-                flags[i] = 1
+        begin, end = (bisect_left(offsets, (place,)) for place in (first, last))
+        flags[begin:end] = b"\1" * (end - begin)
+        # Tokens at the edges may stick out, with white space only.
+        k = end - 1
+        while k >= begin and offsets[k][1] > last:
+            flags[k] = _inside(text, *offsets[k], first, last)
+            k -= 1
+        k = begin - 1
+        while k >= 0 and offsets[k][1] > first:
+            flags[k] = flags[k] or _inside(text, *offsets[k], first, last)
+            k -= 1
+        if end < len(offsets):
+            flags[end] = 1
+    return flags
+
+
+def marked_flags(text, offsets, marks):
+    """Returns 1 for each token with a character inside one of `marks`: what Transformers' assistant mask is."""
+    flags = bytearray(len(offsets))
+    for first, last in marks:
+        i = max(0, bisect_left(offsets, (first,)) - 1)
+        while i < len(offsets) and offsets[i][0] < last:
+            flags[i] = offsets[i][1] > first or flags[i]
             i += 1
-        if after is not None:
-            flags[after] = 1
     return flags
 
 

@@ -87,6 +87,7 @@ def _from_mapping(row, steps, content_key, at):
             raise UserError(f"{at}: expected the column {column}, found {', '.join(row)}: correct the sample")
         value = row[column]
         if field is None:
+            _check_answer(role, value, column, at)
             turns.append((role, "" if value is None else str(value)))
             continue
         for item in _items(value, column, at):
@@ -105,6 +106,7 @@ def _from_pair(row, asked, answered, content_key, at):
         if isinstance(value, list):
             turns += _turns(value, column, content_key, at)
             continue
+        _check_answer(role, value, column, at)
         if value is not None and not isinstance(value, str):
             raise UserError(f"{at}: expected text in the column {column}, found {type(value).__name__}: correct the sample")
         more = row.get("input") if column == "instruction" else None
@@ -112,6 +114,11 @@ def _from_pair(row, asked, answered, content_key, at):
             raise UserError(f"{at}: expected text in the column input, found {type(more).__name__}: correct the sample")
         turns.append((role, "\n\n".join(part for part in (value, more) if part)))
     return _kept(turns, at)
+
+
+def _check_answer(role, value, column, at):
+    if role == "assistant" and value is None:
+        raise UserError(f'{at}: expected the answer in the column {column}, found null: an empty answer is "", else remove the sample')
 
 
 def _from_list(row, column, content_key, at):
@@ -148,7 +155,11 @@ def _content(item, content_key, at):
     """The text of one message; texts given in parts ({"type": "text", "text": ...}) are joined."""
     if content_key is not None and content_key not in item:
         raise UserError(f"{at}: content_key {content_key}: expected one of the message's keys, found {', '.join(item)}")
+    if item.get("tool_calls"):
+        raise UserError(f"{at}: expected a message made of text, found tool_calls: write the calls as text into its content, as the model is to say them")
     keys = CONTENT_KEYS if content_key is None else (content_key,)
+    if not any(key in item for key in keys):
+        raise UserError(f"{at}: expected a message's text in one of {', '.join(keys)}, found the keys {', '.join(item)}: set content_key in the source")
     value = next((item[key] for key in keys if item.get(key) is not None), "")
     if isinstance(value, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
@@ -160,8 +171,7 @@ def _content(item, content_key, at):
 
 
 def _kept(turns, at):
-    """Drops turns without text; an empty conversation is an error."""
-    turns = [(role, text) for role, text in turns if text.strip()]
-    if not turns:
+    """Drops system turns without text; an empty conversation is an error. An empty answer is one: what ends it is learnt."""
+    if not any(text.strip() for _, text in turns):
         raise UserError(f"{at}: expected a conversation, found no message with text: remove the sample or set role_mapping")
-    return turns
+    return [(role, text) for role, text in turns if role != "system" or text.strip()]

@@ -139,7 +139,7 @@ def test_the_first_token_of_a_sentencepiece_answer_is_trained():
 
 def test_without_masking_all_but_the_first_token_is_trained():
     _, ids, flags = encode(CHATS["plain"][0], mask_inputs=False)
-    assert flags == [0] + [1] * (len(ids) - 1)
+    assert list(flags) == [0] + [1] * (len(ids) - 1)
 
 
 def test_empty_thinking_is_left_out_on_request_only():
@@ -206,9 +206,10 @@ def test_columns_for_roles_come_in_mapping_order():
     assert read(row, name="Open-Orca/OpenOrca") == [("user", "q"), ("assistant", "r")]
 
 
-def test_an_empty_message_does_not_shift_the_others():
-    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}
-    assert read(row) == [("user", "a"), ("user", "c"), ("assistant", "d")]
+def test_empty_messages_stay_where_they_are():
+    row = {"messages": [{"role": "system", "content": " "}, {"role": "user", "content": "a"}, {"role": "assistant", "content": ""},
+                        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}
+    assert read(row) == [("user", "a"), ("assistant", ""), ("user", "c"), ("assistant", "d")]
 
 
 def test_other_names_for_roles_and_texts():
@@ -238,6 +239,10 @@ def test_pairs_of_columns_are_a_question_and_an_answer(row, turns):
     ({"prompt": "a"}, {}, "expected the column user for the role user, found the columns prompt"),
     ({"messages": [{"role": "judge", "content": "a"}]}, {}, "sample 3: expected a role among system, user, assistant and tool, found judge"),
     ({"messages": []}, {}, "sample 3: expected a conversation"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, {}, "sample 3: expected a message made of text, found tool_calls"),
+    ({"messages": [{"role": "user", "body": "a"}]}, {}, "sample 3: expected a message's text in one of content, text, message, value, found the keys role, body"),
+    ({"prompt": "a", "completion": None}, {}, "sample 3: expected the answer in the column completion, found null"),
+    ({"user": "a", "assistant": None}, {}, "sample 3: expected the answer in the column assistant, found null"),
     ({"messages": "hello"}, {}, "sample 3: expected a list of messages in messages, found str"),
     ({"a": 1}, {"role_mapping": {"user": "a.b"}}, "expected 'column' or 'column.field.value', found a.b"),
     ({"messages": [{"role": "user", "content": "a"}]}, {"content_key": "body"}, "content_key body: expected one of the message's keys"),
