@@ -18,6 +18,11 @@ TOKENIZER_PATTERNS = [
 ]
 MODEL_PATTERNS = TOKENIZER_PATTERNS + ["*.json", "*.safetensors"]
 IGNORED = ["*.bin", "*.pt", "*.pth", "*.py", "*.msgpack", "*.h5", "*.onnx", "onnx/*", "original/*", "*.gguf"]
+# What to do with a data set where there is no network.
+_ELSEWHERE = (
+    "or run 'ulysses prepare' with this recipe on a machine with a network and the same Hugging Face cache (HF_HOME), which this one then needs too, "
+    "or give a local file or folder"
+)
 
 
 def fetch(repo_id, tokenizer_only=False):
@@ -85,14 +90,15 @@ def sorted_by_who_must_act(error, repo_id, kind):
             f"{repo_id}: not in the cache ({_cache_folder()}), and HF_HUB_OFFLINE is set: unset it, or download with "
             f"'python -m ulysses_plus.fetch {repo_id}' where there is a network"
             if kind == "model" else
-            f"{repo_id}: not in the cache, and HF_HUB_OFFLINE is set: unset it, or give a local file or folder"
+            f"{repo_id}: not in the cache, and HF_HUB_OFFLINE is set: unset it, {_ELSEWHERE}"
         )
     if status == 401 or status == 403:
         return UserError(f"{repo_id}: the hub refused access (HTTP {status}): check the rights of HF_TOKEN ({token})")
     if status is not None:
         return NetworkError(f"{repo_id}: {_host()} answered HTTP {status}: try again later")
     if first(httpx2.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
-        return NetworkError(f"{repo_id}: not in the cache, and {_host()} cannot be reached: check the network and try again")
+        elsewhere = f", {_ELSEWHERE}" if kind == "dataset" else ""
+        return NetworkError(f"{repo_id}: not in the cache, and {_host()} cannot be reached: check the network and try again{elsewhere}")
     if isinstance(error, OSError):
         return UserError(f"{repo_id}: {one_line(error)}")
     return error

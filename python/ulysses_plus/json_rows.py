@@ -21,15 +21,13 @@ class JsonRows:
     """A sequence of dicts out of one file.
 
     scratch   folder for what a compressed file holds: a file without a name, gone with the process; by default TMPDIR
-    Holds 16 bytes a row for files with one object a line, and the decoded rows of JSON arrays.
+    Where the rows of a file with one object a line stand is kept in such a file too; of a JSON array all decoded rows are held.
     Raises UserError (file and line) for what is not JSON, when that row is read.
     """
 
     def __init__(self, path, scratch=None):
         self.path = path
         self.x_rows = None       # the decoded rows of a JSON array
-        self.x_offsets = array.array("q")    # byte offset of each row, and the end
-        self.x_numbers = array.array("q")    # its line number
         self.x_file = file = _decompressed(path, scratch) if path.endswith(COMPRESSED) else open(path, "rb")
         bare = path.removesuffix(next((more for more in COMPRESSED if path.endswith(more)), ""))
         first = next((line for line in file if line.strip()), b"")
@@ -37,24 +35,32 @@ class JsonRows:
         if first and not _is_object(first) and not bare.endswith((".jsonl", ".ndjson")):
             self.x_rows = self._whole(file.read())
             return
-        offset = 0
+        self.x_index, self.x_count = tempfile.TemporaryFile(dir=scratch), 0    # of each row its byte offset and line number; the end
+        offset, entries = 0, array.array("q")
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                self.x_offsets.append(offset)
-                self.x_numbers.append(number)
+                entries.extend((offset, number))
+                self.x_count += 1
+                if len(entries) >= 1 << 16:
+                    entries.tofile(self.x_index)
+                    entries = array.array("q")
             offset += len(line)
-        self.x_offsets.append(offset)
+        entries.extend((offset, 0))
+        entries.tofile(self.x_index)
+        self.x_index.flush()
 
     def __len__(self):
-        return len(self.x_numbers) if self.x_rows is None else len(self.x_rows)
+        return self.x_count if self.x_rows is None else len(self.x_rows)
 
     def __getitem__(self, index):
         if self.x_rows is not None:
             row, number = self.x_rows[index], None
         else:
             # pread: processes forked from this one share the file's position.
-            start, number = self.x_offsets[index], self.x_numbers[index]
-            row = self._decoded(os.pread(self.x_file.fileno(), self.x_offsets[index + 1] - start, start), number)
+            if not 0 <= index < self.x_count:
+                raise IndexError(index)
+            start, number, end, _ = array.array("q", os.pread(self.x_index.fileno(), 32, 16 * index))
+            row = self._decoded(os.pread(self.x_file.fileno(), end - start, start), number)
         if not isinstance(row, dict):
             place = f"{self.path}:{number}" if number else f"{self.path}, item {index}"
             raise UserError(f"{place}: expected a JSON object, found {_kind(row)}: write one chat as one object")

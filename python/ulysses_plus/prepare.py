@@ -14,28 +14,29 @@ REQUEST.json:
                  "samples": [{"num_tokens": t, "num_trained_tokens": k, "pieces": [{"text": "...", "trained": bool}, ...]}, ...]
     where        {"data.sources": "run.yml:9", ...}: places for errors; "data.sources[1].name_or_path" is tried first
 
-Progress goes to stderr. Processes that want the same file build it once: the others wait. See errors.py for how it ends.
+Progress goes to stderr. Processes that want the same file build it once: the others wait. A preparation
+that was ended goes on where it was (parts.py). See errors.py for how it ends.
 """
 
 import argparse
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import json
 import os
 import signal
 import sys
-import time
+from concurrent.futures.process import BrokenProcessPool
 
 from ulysses_plus import sources as sources_
 from ulysses_plus import token_file
+from ulysses_plus.cache_lock import CacheLock
 from ulysses_plus.errors import UserError, one_line, run
 from ulysses_plus.fetch import TOKENIZER_PATTERNS, fetch
 
 # Raise it when the same request would give other tokens or flags than before.
-VERSION = 1
+VERSION = 2
 
 
 def prepare(request):
@@ -63,9 +64,9 @@ def prepare(request):
         if data.get("fail_on_missing_cache"):
             raise UserError(
                 f"{sources_.place(request['where'], 'data.fail_on_missing_cache')}: expected the prepared data {path}, found none: "
-                "set it to false to prepare them now"
+                "make it with 'ulysses prepare' and the same recipe (on another machine, if need be: the file may be copied), or set it to false"
             )
-        with _room(path, request["where"]), _Lock(path + ".lock"):
+        with _room(path, request["where"]), CacheLock(path, data.get("cache_fs_type")):
             found = token_file.read_summary(path)
             cached = found is not None
             if not cached:
@@ -113,36 +114,38 @@ def _shown(path, tokenizer, count):
 
 
 def _build(request, sources, folder, at, path, provenance):
-    from ulysses_plus.documents import check_first, documents
+    from ulysses_plus.documents import check_answers, check_first, make_encoder
+    from ulysses_plus.parts import Parts
 
     sources = [sources_.opened(source, os.path.dirname(path)) for source in sources]
     check_first(request, sources)
-    tokenizer = load_tokenizer(folder, request["tokenizer"], at)
-    total = sum(len(source) for source in sources)
-    progress = Progress(total)
-    writer = token_file.TokenFileWriter(path)
+    encode = make_encoder(request, sources, load_tokenizer(folder, request["tokenizer"], at))
+    parts = Parts(path.removesuffix(".safetensors") + ".parts", encode, sources)
     try:
-        skipped, first = 0, None
         _Interrupt.waits = True
-        for document in documents(request, sources, tokenizer):
-            if _Interrupt.came:
-                raise KeyboardInterrupt
-            if isinstance(document, str):
-                skipped, first = skipped + 1, first or document
-            else:
-                writer.append(*document)
-            progress.show(writer.num_samples + skipped, writer.num_tokens)
+        parts.make(request["data"].get("num_proc") or 1, lambda: _Interrupt.came)
         _Interrupt.waits = False
-        progress.show(writer.num_samples + skipped, writer.num_tokens, last=True)
-        if skipped and writer.num_samples == 0:
+        summary = parts.summary()
+        check_answers(sources[0], summary)
+        skipped, first = summary["num_skipped"], summary.pop("first_skipped")
+        if skipped and summary["num_samples"] == 0:
             raise UserError(f"none of {skipped} samples can be trained on; the first: {first}")
         if skipped:
-            print(f"skipped {skipped:,} of {total:,} samples; the first: {first}", file=sys.stderr, flush=True)
-        if writer.num_trained_tokens == 0:
+            print(f"skipped {skipped:,} of {sum(map(len, sources)):,} samples; the first: {first}", file=sys.stderr, flush=True)
+        if summary["num_trained_tokens"] == 0:
             raise UserError(f"{sources[0].where}: expected tokens to train on, found none: check the sources and role_mapping")
-        writer.finish(provenance, num_skipped=skipped)
+        kept = {key: summary[key] for key in ("num_samples", "longest", "num_tokens", "num_trained_tokens", "num_skipped")}
+        parts.join(path, summary, {**provenance, "summary": kept})
+    except UserError as error:
+        if not isinstance(error.__cause__, BrokenProcessPool):
+            parts.remove()    # mended data have another key
+        raise
+    except FileNotFoundError:
+        if token_file.read_summary(path) is None:    # else another process, which no lock kept out, has finished it
+            raise
     finally:
-        writer.discard()
+        with contextlib.suppress(OSError):
+            os.rmdir(parts.folder)    # if it is empty
 
 
 @contextlib.contextmanager
@@ -168,43 +171,6 @@ def load_tokenizer(folder, name, at):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{at}: {name}: expected a tokenizer, found one that cannot be read: {type(error).__name__}: {one_line(error, 160)}") from error
-
-
-class Progress:
-    """A line on stderr about every two seconds: samples, tokens, tokens/s and the time left."""
-
-    def __init__(self, total):
-        self.total, self.began, self.shown = total, time.monotonic(), time.monotonic()
-
-    def show(self, samples, tokens, last=False):
-        now = time.monotonic()
-        if not last and now - self.shown < 2:
-            return
-        self.shown = now
-        seconds = max(now - self.began, 1e-9)
-        left = "" if last else f", {(self.total - samples) * seconds / max(samples, 1):.0f} s left"
-        print(f"tokenised {samples:,} of {self.total:,} samples, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s{left}", file=sys.stderr, flush=True)
-
-
-class _Lock:
-    """Holds an exclusive lock on a file beside the token file; says so when it has to wait."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        self.file = open(self.path, "w")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another process prepares the same data: waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(self.file, fcntl.LOCK_EX)
-        except OSError:
-            pass    # a file system without locks: the rename at the end still keeps the file whole
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
 
 
 def _options(request, sources):

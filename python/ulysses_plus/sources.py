@@ -3,6 +3,7 @@
 A source is a mapping as in the recipe; `opened` gives its rows after split, slice and sampling.
 """
 
+import array
 import glob
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import random
 import re
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 from ulysses_plus.errors import UserError, one_line
@@ -34,7 +35,7 @@ class Source:
     mapping: dict                   # the recipe's mapping
     identity: dict                  # what decides its content, for the cache key
     rows: object = None
-    indices: list = field(default=None)
+    indices: object = None          # a range, or eight bytes a row that was drawn
 
     def __len__(self):
         return len(self.rows) if self.indices is None else len(self.indices)
@@ -183,7 +184,7 @@ def _sliced(count, source):
         value = round(int(text[:-1]) / 100 * count) if text.endswith("%") else int(text)
         return max(0, min(count, value + count if value < 0 else value))
 
-    return list(range(bound(match[1], 0), bound(match[2], count)))
+    return range(bound(match[1], 0), bound(match[2], count))
 
 
 def _sample(source):
@@ -199,7 +200,7 @@ def _sample(source):
     if wanted < 1:
         raise UserError(f"{source.where}: {source.name}: expected to sample at least one of {count} samples, found {wanted}")
     chosen = random.Random(int(source.mapping.get("sample_seed", 42))).sample(range(count), wanted)
-    source.indices = chosen if source.indices is None else [source.indices[i] for i in chosen]
+    source.indices = array.array("q", chosen if source.indices is None else (source.indices[i] for i in chosen))
 
 
 def _sha256(path):

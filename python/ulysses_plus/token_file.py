@@ -1,7 +1,7 @@
 """Token files: what training reads. See docs/design.md.
 
 A safetensors file with `starts` I64 [n+1], `ids` I32 [T] and `trained` U8 [T], in this order, so that each is aligned;
-metadata of strings: format, vocabulary, provenance.
+metadata of strings: format, vocabulary, provenance and, where several sources were joined, `sources`: samples of each.
 """
 
 import array
@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 import sys
+import zlib
 
 FORMAT = "ulysses-tokens-1"
 
@@ -19,13 +20,14 @@ class TokenFileWriter:
     """Writes a token file without holding it: `append` documents, then `finish`.
 
     ids and flags go to two files beside `path` first (5 bytes a token on disk, twice that while finishing). The file
-    appears under its name at once and whole: temporary file, fsync, rename.
+    appears under its name at once and whole; its checksum tells whether it has come to the disk so (is_whole).
     """
 
     def __init__(self, path):
         self.path = path
         self.num_tokens = self.num_trained_tokens = self.longest = self.largest_id = 0
         self.x_starts = array.array("q", [0])
+        self.x_checksums = [0, 0]
         self.x_names = [f"{path}.{os.getpid()}.{kind}" for kind in ("ids", "trained", "whole")]
         self.x_ids, self.x_trained = open(self.x_names[0], "wb"), open(self.x_names[1], "wb")
 
@@ -36,8 +38,9 @@ class TokenFileWriter:
     def append(self, ids, flags):
         """Adds one document: ids and flags (0 or 1), of equal length."""
         assert len(ids) == len(flags)
-        self.x_ids.write(array.array("i", ids).tobytes())
-        self.x_trained.write(bytes(flags))
+        for i, (file, part) in enumerate(((self.x_ids, _little(array.array("i", ids))), (self.x_trained, bytes(flags)))):
+            file.write(part)
+            self.x_checksums[i] = zlib.crc32(part, self.x_checksums[i])
         self.num_tokens += len(ids)
         self.num_trained_tokens += sum(flags)
         self.longest = max(self.longest, len(ids))
@@ -54,18 +57,17 @@ class TokenFileWriter:
         """Puts the file together and renames it into place. `provenance` is a JSON-like dict; the summary, with `more`, joins it."""
         self.x_ids.close()
         self.x_trained.close()
-        header = make_header(self.num_samples, self.num_tokens, self.largest_id + 1, {**provenance, "summary": {**self.summary(), **more}})
+        starts = _little(self.x_starts)
+        summary = {**self.summary(), **more, "checksums": [zlib.crc32(starts), *self.x_checksums]}
+        header = make_header(self.num_samples, self.num_tokens, self.largest_id + 1, {**provenance, "summary": summary})
         try:
             with open(self.x_names[2], "wb") as whole:
                 whole.write(header)
-                whole.write(_little(self.x_starts))
+                whole.write(starts)
                 for name in self.x_names[:2]:
                     with open(name, "rb") as part:
                         shutil.copyfileobj(part, whole, 1 << 20)
-                whole.flush()
-                os.fsync(whole.fileno())
             os.replace(self.x_names[2], self.path)
-            _sync_folder(os.path.dirname(self.path) or ".")
         finally:
             self.discard()
 
@@ -79,12 +81,67 @@ class TokenFileWriter:
                 os.unlink(name)
 
 
-def make_header(num_samples, num_tokens, vocabulary, provenance):
+def join(paths, path, num_samples, num_tokens, vocabulary, sources, provenance):
+    """Writes the token file `path` of the documents of `paths`, in order, and syncs it. Holds the starts of one at a time.
+
+    num_samples, num_tokens   sums over paths;  vocabulary   their largest;  sources   samples of each source
+    """
+    with open(path, "wb") as whole:
+        whole.write(make_header(num_samples, num_tokens, vocabulary, provenance, sources))
+        whole.write(_little(array.array("q", [0])))
+        before = 0
+        for each in paths:
+            with open(each, "rb") as part:
+                starts = array.array("q", _section(part, "starts", whole=True))
+            if sys.byteorder == "big":
+                starts.byteswap()
+            whole.write(_little(array.array("q", [before + start for start in starts[1:]])))
+            before += starts[-1]
+        for name in ("ids", "trained"):
+            for each in paths:
+                with open(each, "rb") as part:
+                    left = _section(part, name)
+                    while left > 0:
+                        block = part.read(min(left, 1 << 20))
+                        if not block:
+                            raise OSError(f"{each} has become shorter")
+                        whole.write(block)
+                        left -= len(block)
+        whole.flush()
+        os.fsync(whole.fileno())
+
+
+def _section(file, name, whole=False):
+    """Moves `file` to where a tensor begins and returns its size in bytes, or with `whole` its bytes."""
+    (size,) = struct.unpack("<Q", file.read(8))
+    first, last = json.loads(file.read(size))[name]["data_offsets"]
+    file.seek(8 + size + first)
+    return file.read(last - first) if whole else last - first
+
+
+def is_whole(path):
+    """Whether a file that TokenFileWriter made is there as it was made."""
+    found = read_summary(path)
+    if found is None:
+        return False
+    with open(path, "rb") as file:
+        for name, wanted in zip(("starts", "ids", "trained"), found[0].get("checksums", [])):
+            file.seek(0)
+            left, checksum = _section(file, name), 0
+            while left > 0:
+                block = file.read(min(left, 1 << 20))
+                checksum, left = zlib.crc32(block, checksum), left - len(block)
+            if checksum != wanted:
+                return False
+    return "checksums" in found[0]
+
+
+def make_header(num_samples, num_tokens, vocabulary, provenance, sources=()):
     """Returns the safetensors header (length and JSON, padded to 8 bytes) of a token file."""
     ends = [8 * (num_samples + 1)]
     ends += [ends[0] + 4 * num_tokens, ends[0] + 5 * num_tokens]
     header = {
-        "__metadata__": {"format": FORMAT, "vocabulary": str(vocabulary), "provenance": json.dumps(provenance, sort_keys=True)},
+        "__metadata__": {"format": FORMAT, "vocabulary": str(vocabulary), "provenance": json.dumps(provenance, sort_keys=True), **({"sources": ",".join(map(str, sources))} if sources else {})},
         "starts": {"dtype": "I64", "shape": [num_samples + 1], "data_offsets": [0, ends[0]]},
         "ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [ends[0], ends[1]]},
         "trained": {"dtype": "U8", "shape": [num_tokens], "data_offsets": [ends[1], ends[2]]},
@@ -127,7 +184,7 @@ def _little(numbers):
     return numbers.tobytes()
 
 
-def _sync_folder(folder):
+def sync_folder(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

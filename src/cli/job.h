@@ -93,7 +93,7 @@ launch::Followed follow();
 // is. Returns the exit code.
 int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& machine, const std::vector<std::string>& command);
 
-// Has the token file made, or found in the cache.
+// Has the token files made, or found in the cache: of data.sources and, where there are any, of data.eval_sources.
 plan::DataFacts prepare_data(const recipe::Recipe& recipe, const models::Spec& spec);
 
 }  // namespace uly::cli

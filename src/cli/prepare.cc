@@ -23,9 +23,10 @@ bool has_weights(const std::string& folder) {
   return false;
 }
 
-// What ulysses_plus.prepare says; see there. The first `show` samples come along as pieces of text, trained and not in turn.
-Json ask_to_prepare(const recipe::Recipe& recipe, const models::Spec& spec, int64_t show) {
+// What ulysses_plus.prepare says of a list of sources; see there. The first `show` samples come along as pieces of text, trained and not in turn.
+Json ask_to_prepare(const recipe::Recipe& recipe, const models::Spec& spec, const char* list, int64_t show) {
   Json request;
+  request["sources_key"] = list;
   request["type"] = recipe.type;
   request["tokenizer"] = recipe.tokenizer.name_or_path;
   request["vocab_size"] = spec.V;
@@ -118,28 +119,40 @@ std::string tokenizer_folder(const recipe::Recipe& recipe) {
 }
 
 plan::DataFacts prepare_data(const recipe::Recipe& recipe, const models::Spec& spec) {
-  return facts_of(ask_to_prepare(recipe, spec, 0));
+  plan::DataFacts facts = facts_of(ask_to_prepare(recipe, spec, "sources", 0));
+  if (!recipe.data.eval_sources.empty()) facts.eval_tokens_path = facts_of(ask_to_prepare(recipe, spec, "eval_sources", 0)).tokens_path;
+  return facts;
 }
 
 int prepare(const Options& options) {
   const recipe::Recipe recipe = recipe::load(options.recipe, options.overrides);
-  const Json answer = ask_to_prepare(recipe, find_model(recipe, Fetch::kConfiguration), options.show);
-  const plan::DataFacts facts = facts_of(answer);
-  const int64_t num_skipped = answer.value("num_skipped", int64_t{0});
-  if (options.json) {
-    Json out = {{"tokens", facts.tokens_path},
+  const models::Spec spec = find_model(recipe, Fetch::kConfiguration);
+  const auto in_words = [](const plan::DataFacts& facts) {
+    return fmt::format("{} samples, {} tokens, {} of them trained; the longest has {}\n{}\n", format_count(facts.num_samples), format_count(facts.num_tokens), format_count(facts.num_trained_tokens),
+                       format_count(facts.longest), facts.tokens_path);
+  };
+  const auto in_json = [](const Json& answer, const plan::DataFacts& facts) {
+    return Json{{"tokens", facts.tokens_path},
                 {"num_samples", facts.num_samples},
                 {"longest", facts.longest},
                 {"num_tokens", facts.num_tokens},
                 {"num_trained_tokens", facts.num_trained_tokens},
-                {"num_skipped", num_skipped}};
+                {"num_skipped", answer.value("num_skipped", int64_t{0})}};
+  };
+  const Json answer = ask_to_prepare(recipe, spec, "sources", options.show);
+  const plan::DataFacts facts = facts_of(answer);
+  Json evaluation;
+  if (!recipe.data.eval_sources.empty()) evaluation = ask_to_prepare(recipe, spec, "eval_sources", 0);
+  if (options.json) {
+    Json out = in_json(answer, facts);
+    if (!evaluation.is_null()) out["evaluation"] = in_json(evaluation, facts_of(evaluation));
     if (options.show > 0) out["samples"] = answer.at("samples");
     fmt::print("{}\n", out.dump(2));
     return 0;
   }
   if (options.show > 0) print_samples(answer.at("samples"));
-  fmt::print("{} samples, {} tokens, {} of them trained; the longest has {}\n{}\n", format_count(facts.num_samples), format_count(facts.num_tokens),
-             format_count(facts.num_trained_tokens), format_count(facts.longest), facts.tokens_path);
+  fmt::print("{}", in_words(facts));
+  if (!evaluation.is_null()) fmt::print("to evaluate on: {}", in_words(facts_of(evaluation)));
   return 0;
 }
 

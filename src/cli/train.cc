@@ -54,17 +54,6 @@ std::vector<std::string> engine_command(const Options& options, bool cuda, const
   return command;
 }
 
-// The token file of data.eval_sources, prepared as those of data.sources are; "" without.
-std::string prepare_evaluation(const recipe::Recipe& recipe, const models::Spec& spec) {
-  if (recipe.data.eval_sources.empty()) return "";
-  recipe::Recipe other = recipe;
-  other.data.as_given["sources"] = recipe.data.as_given["eval_sources"];
-  const std::string list = "data.eval_sources", as = "data.sources";
-  for (const auto& [key, place] : recipe.locations)
-    if (key.starts_with(list)) other.locations[as + key.substr(list.size())] = fmt::format("{}, {}", place, list);
-  return prepare_data(other, spec).tokens_path;
-}
-
 // Becomes the engine: the launcher that started this process watches it and has set its environment.
 [[noreturn]] void become_engine(const std::vector<std::string>& command) {
   std::fflush(stdout);
@@ -106,8 +95,7 @@ int train(const Options& options) {
   const plan::Machine machine = machine_of(ranks);
   plan::make(recipe, spec, machine, ranks.world, std::nullopt);  // what cannot be is said before data is prepared for long
   check_model(recipe, spec);
-  plan::DataFacts facts = prepare_data(recipe, spec);
-  facts.eval_tokens_path = prepare_evaluation(recipe, spec);
+  const plan::DataFacts facts = prepare_data(recipe, spec);
   const plan::Plan plan = plan::make(recipe, spec, machine, ranks.world, facts);
   if (!plan.fits) throw WillNotFit(plan.why_not);
 

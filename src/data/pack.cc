@@ -6,6 +6,7 @@
 #include <numeric>
 #include <utility>
 
+#include "base/check.h"
 #include "data/random.h"
 #include "data/sampler.h"
 
@@ -16,7 +17,7 @@ using recipe::Overlong;
 using recipe::PackStrategy;
 
 // What shuffles and draws are told apart by.
-constexpr uint64_t kShuffle = 0x7061636b, kFuse = 0x66757365, kSplit = 0x73706c69;
+constexpr uint64_t kShuffle = 0x7061636b, kFuse = 0x66757365, kSplit = 0x73706c69, kWeight = 0x77656967;
 
 // A document on its way into a pack.
 struct Placed {
@@ -136,6 +137,25 @@ int64_t pack_best_fit(std::vector<Placed>& documents, int64_t max_length) {
   return num_packs;
 }
 
+// How often each of `samples` is taken.
+std::vector<int64_t> times_taken(const TokenFile& file, const std::vector<int64_t>& samples, const std::vector<double>& weights, uint64_t seed) {
+  ULY_CHECK(weights.size() == file.source_ends().size(), "a weight for every source of the token file");
+  std::vector<int64_t> times(samples.size());
+  size_t first = 0;
+  for (size_t s = 0; s < weights.size(); ++s) {
+    size_t last = first;
+    while (last < samples.size() && samples[last] < file.source_ends()[s]) ++last;
+    const int64_t n = static_cast<int64_t>(last - first), whole = static_cast<int64_t>(weights[s]), wanted = std::llround(weights[s] * static_cast<double>(n));
+    std::vector<std::pair<uint64_t, size_t>> drawn;
+    for (size_t i = first; i < last; ++i) times[i] = whole, drawn.emplace_back(hash(seed ^ kWeight, static_cast<uint64_t>(samples[i])), i);
+    const auto end = drawn.begin() + (wanted - whole * n);
+    std::nth_element(drawn.begin(), end, drawn.end());
+    for (auto d = drawn.begin(); d != end; ++d) ++times[d->second];
+    first = last;
+  }
+  return times;
+}
+
 PackRules rules(const recipe::Recipe& r, int64_t max_length) {
   return {.max_length = max_length, .overlong = r.data.overlong, .pack = r.data.pack_samples, .strategy = r.data.pack_strategy, .seed = static_cast<uint64_t>(r.data.seed)};
 }
@@ -146,6 +166,8 @@ PackRules rules_to_train(const recipe::Recipe& r, int64_t max_length) {
   PackRules out = rules(r, max_length);
   out.always_max_length = r.data.always_max_length, out.drop_last = r.data.drop_last, out.repeat = r.data.repeat_to_pack_max_length;
   out.fuse_prob = r.data.fuse_positions_prob;
+  for (const recipe::Source& source : r.data.sources) out.weights.push_back(source.weight);
+  if (std::all_of(out.weights.begin(), out.weights.end(), [](double w) { return w == 1; })) out.weights.clear();
   return out;
 }
 
@@ -162,6 +184,21 @@ double Packs::squared_lengths(int64_t pack) const {
 Packs make_packs(const TokenFile& file, const std::vector<int64_t>* samples, const PackRules& rules) {
   Packs packs;
   std::vector<Placed> documents;
+  std::vector<int64_t> weighed;
+  if (!rules.weights.empty()) {
+    std::vector<int64_t> all(samples ? 0 : static_cast<size_t>(file.num_samples()));
+    std::iota(all.begin(), all.end(), 0);
+    const std::vector<int64_t>& from = samples ? *samples : all;
+    const std::vector<int64_t> times = times_taken(file, from, rules.weights, rules.seed);
+    for (size_t i = 0; i < from.size(); ++i) {
+      if (times[i] == 0) packs.weighed_out.add(file.length(from[i]));
+      for (int64_t t = 0; t < times[i]; ++t) {
+        if (t > 0) packs.weighed_again.add(file.length(from[i]));
+        weighed.push_back(from[i]);
+      }
+    }
+    samples = &weighed;
+  }
   const int64_t n = samples ? static_cast<int64_t>(samples->size()) : file.num_samples(), most = rules.max_length;
   documents.reserve(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {

@@ -28,6 +28,7 @@ struct PackRules {
   bool repeat = false;              // documents of fewer tokens than max_length, up to it
   double fuse_prob = 0;
   uint64_t seed = 42;
+  std::vector<double> weights;      // how often a sample of each source is taken; empty: once
 };
 
 // As the recipe says; for evaluation every document once and whole, as far as max_length allows, and none merged.
@@ -63,6 +64,8 @@ class Packs {
   Amount split;                    // samples that were cut, and all of their tokens
   Amount left_out;                 // drop_last: documents of the last pack
   Amount repeated;                 // beyond the first time
+  Amount weighed_again;            // by a weight above 1: beyond the first time
+  Amount weighed_out;              // by a weight below 1: not taken
   int64_t num_cut = 0;             // documents cut by always_max_length
 
  private:
@@ -72,7 +75,8 @@ class Packs {
   std::vector<char> fused_;
 };
 
-// Packs `samples` of the file, in order; null: all. Without rules.pack the packs are the documents in that order; with it the order is
+// Packs `samples` of the file, ascending, in order; null: all. Of a source of weight w round(w n) of its n samples are taken: all of them
+// as often as w has whole, and of the rest those that a hash of seed and sample puts first. Without rules.pack the packs are the documents in that order; with it the order is
 // a shuffle by rules.seed. Samples without tokens are left out. None may be left: the caller asks.
 //
 // Time        1,000,000 documents to packs of 1,000,000 tokens, best_fit: bench/packing

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <sstream>
 
 #include "base/check.h"
 
@@ -20,6 +21,11 @@ TokenFile::TokenFile(const std::string& path) : file_(path) {
   num_samples_ = starts.elements() - 1;
   ULY_USER_CHECK(starts_[0] == 0 && starts_[num_samples_] == ids.elements() && std::is_sorted(starts_, starts_ + num_samples_ + 1), "{}: its document starts do not cover its tokens in order", path);
   const auto vocabulary = file_.metadata().find("vocabulary");
+  const auto sources = file_.metadata().find("sources");
+  std::istringstream counts(sources == file_.metadata().end() ? std::to_string(num_samples_) : sources->second);
+  int64_t end = 0;
+  for (std::string count; std::getline(counts, count, ',');) source_ends_.push_back(end += std::atoll(count.c_str()));
+  ULY_USER_CHECK(end == num_samples_, "{}: its sources have {} samples, its documents are {}: remove it and prepare again", path, end, num_samples_);
   vocabulary_ = vocabulary == file_.metadata().end() ? 0 : std::atoll(vocabulary->second.c_str());
 }
 

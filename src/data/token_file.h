@@ -21,11 +21,14 @@ class TokenFile {
   // Of all tokens; at which of them they are touched is what is read of the file.
   const int32_t* ids() const { return ids_; }
   const uint8_t* trained() const { return trained_; }
+  // Where the samples of each source end; one entry, all, where the file does not say.
+  const std::vector<int64_t>& source_ends() const { return source_ends_; }
   int64_t vocabulary() const { return vocabulary_; }  // as the file says: who reads ids, checks them
 
  private:
   SafetensorsFile file_;
   int64_t num_samples_ = 0, vocabulary_ = 0;
+  std::vector<int64_t> source_ends_;
   const int32_t* ids_ = nullptr;
   const uint8_t* trained_ = nullptr;
   const int64_t* starts_ = nullptr;

@@ -112,6 +112,8 @@ void Writer::data() {
   say(p.split, "split to max_length");
   if (p.left_out.samples > 0) line("", "{} left out: they do not fill a pack", amount(p.left_out, "document"));
   say(p.repeated, "repeated to fill a pack");
+  say(p.weighed_again, "seen again in an epoch (weight)");
+  say(p.weighed_out, "not seen in an epoch (weight)");
   if (p.num_cut > 0) line("", "{} document{} cut where a pack was full", format_count(p.num_cut), p.num_cut == 1 ? "" : "s");
   if (p.num_fused > 0) line("", "{} pack{} merged to one document each (data.fuse_positions_prob)", format_count(p.num_fused), p.num_fused == 1 ? "" : "s");
   if (r_.micro_batch_size == 1) line("", "{} tokens of padding, {:.2f} % of what is computed", format_count(padding), 100.0 * static_cast<double>(padding) / static_cast<double>(plan_.train.padded_tokens));
@@ -119,7 +121,7 @@ void Writer::data() {
     line("", "longest sample {} tokens: max_length {} is never reached because pack_samples is false ({})", format_count(p.longest_in_file), format_count(plan_.max_length), r_.where("data.pack_samples"));
   facts()["data"] = {{"samples", documents}, {"tokens", p.num_tokens}, {"dropped", p.dropped.samples}, {"longest", p.longest_document}, {"tokens_path", plan_.train.file->path()},
                      {"packs", p.size()}, {"fill", fill}, {"padding_tokens", padding}, {"dropped_tokens", p.dropped.tokens}, {"truncated", json_of(p.truncated)}, {"split", json_of(p.split)},
-                     {"left_out", json_of(p.left_out)}, {"repeated", json_of(p.repeated)}, {"cut", p.num_cut}, {"fused", p.num_fused}, {"attention_share", plan_.document_share}};
+                     {"left_out", json_of(p.left_out)}, {"repeated", json_of(p.repeated)}, {"weighed_again", json_of(p.weighed_again)}, {"weighed_out", json_of(p.weighed_out)}, {"cut", p.num_cut}, {"fused", p.num_fused}, {"attention_share", plan_.document_share}};
 }
 
 void Writer::evaluation() {

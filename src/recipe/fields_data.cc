@@ -42,6 +42,15 @@ Section source_section(const char* title, SourceList list, const char* split) {
               {.name = "role_mapping", .kind = kFree, .doc = "Where each role's text stands: a column, or `list.field.value`. None is needed for well-known data sets and for `messages`, `conversations`, `prompt` with `completion`, and `instruction` with `output` (Alpaca)."},
               {.name = "content_key", .doc = "The field that holds a turn's text; by default the first of content, text, message, value."},
               {.name = "column", .doc = "Column of plain text; by default `text`, or the only one."},
+              list == &Data::sources
+                  ? Field{.name = "weight",
+                          .kind = kNumber,
+                          .initial = "1.0",
+                          .min = 0,
+                          .max = 1000,
+                          .doc = "How often each of its samples is seen in an epoch: 2, twice; 0.5, a half of them, drawn by `data.seed`; 1.5, all once and a half of them twice; 0, none. Of what `sample_ratio` or `sample_count` left, and of the training side of `train_eval_split`. Changing it prepares nothing again.",
+                          .set = into_newest_source(list, &Source::weight)}
+                  : Field{.name = "weight", .kind = kNumber, .initial = "1.0", .min = 0, .max = 1000, .decision = kNoEffect, .why = "every sample is evaluated once", .doc = "Kept so that a source can be moved here."},
               {.name = "sample_ratio", .kind = kNumber, .min = 0, .max = 1, .doc = "Draw this share of it; excludes `sample_count`."},
               {.name = "sample_count", .kind = kInt, .min = 1, .doc = "Draw this many; all, if there are fewer."},
               {.name = "sample_seed", .kind = kInt, .initial = "42", .doc = "Seed of the draw."},
@@ -58,7 +67,6 @@ Section source_section(const char* title, SourceList list, const char* split) {
 }
 
 std::vector<Field> common_fields() {
-  const char* const seen = "every host must see cache_dir, or hold its own copy of the token files";
   return {
       {.name = "type",
        .choices = {{"sft"}, {"causal"}, {"dpo", kRefused, "preference training is not part of this engine; use sft"}},
@@ -67,7 +75,7 @@ std::vector<Field> common_fields() {
        .kind = kSections,
        .initial = kRequired,
        .min = 1,
-       .doc = "Data sets to train on, concatenated and shuffled.",
+       .doc = "Data sets to train on, concatenated and shuffled; a mixture by their `weight`s.",
        .section = {source_section("data.sources", &Data::sources, "train")}},
       {.name = "eval_sources",
        .kind = kSections,
@@ -90,16 +98,16 @@ std::vector<Field> common_fields() {
        .set = [](Recipe& r, const Json& v) { r.data.max_length = v.is_null() ? 0 : v.is_string() ? kAutoLength : v.get<int64_t>(); }},
       {.name = "num_proc", .kind = kInt, .initial = "16", .min = 1, .doc = "Processes that tokenize.", .set = into(&Recipe::data, &Data::num_proc)},
       {.name = "seed", .kind = kInt, .initial = "42", .min = 0, .doc = "Seed of the shuffle.", .set = into(&Recipe::data, &Data::seed)},
-      {.name = "cache_dir", .initial = "/tmp", .doc = "Folder of token files, made if missing.", .set = into(&Recipe::data, &Data::cache_dir)},
+      {.name = "cache_dir", .initial = "/tmp", .doc = "Folder of token files, made if missing. On a job's every machine: one that all see, or each its own.", .set = into(&Recipe::data, &Data::cache_dir)},
       {.name = "on_error",
        .initial = "stop",
        .choices = {{"stop"}, {"skip"}},
        .doc = "A sample that cannot be used (not JSON, an unknown role, refused by the template, nobody answers): `stop` with a sentence that names it, or `skip` it and count."},
-      {.name = "fail_on_missing_cache", .kind = kBool, .initial = "false", .doc = "An error instead of tokenizing."},
+      {.name = "fail_on_missing_cache", .kind = kBool, .initial = "false", .doc = "An error instead of tokenizing; for data that `ulysses prepare` has prepared elsewhere, with the same recipe."},
       {.name = "cache_fs_type",
        .initial = "auto",
-       .choices = {{"auto", kNoEffect, seen}, {"local", kNoEffect, seen}, {"shared", kNoEffect, seen}},
-       .doc = "Kept for existing recipes."},
+       .choices = {{"auto"}, {"local"}, {"shared"}},
+       .doc = "Who else sees `cache_dir`: this machine's processes (`local`: one of each machine prepares, the others wait for it) or other machines too (`shared`: one of all prepares). `auto`: as the type of its file system says."},
       {.name = "dl_num_workers",
        .kind = kInt,
        .initial = "2",

@@ -34,6 +34,7 @@ struct Tokenizer {
 struct Source {
   std::string name_or_path;            // hub id, folder, file, or a builder name such as "json"
   std::string split = "train";
+  double weight = 1;                   // how often each of its samples is seen in an epoch
   Json as_given = Json::object();      // the whole mapping, defaults filled in, for `prepare`
 };
 

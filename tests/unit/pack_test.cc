@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <numeric>
 #include <set>
@@ -229,6 +230,65 @@ models::Spec small_model() {
   models::Spec spec;
   spec.D = 64, spec.F = 96, spec.N = 4, spec.K = 2, spec.H = 16, spec.V = 100, spec.L = 1;
   return spec;
+}
+
+// How often each sample is seen, by its length.
+std::map<int64_t, int64_t> seen(const Packs& packs) {
+  std::map<int64_t, int64_t> out;
+  for (int64_t i = 0; i < packs.size(); ++i)
+    for (const Piece& p : packs.pieces(i)) ++out[p.count];
+  return out;
+}
+
+TEST(WeightTest, EachSampleOfASourceIsSeenAsOftenAsItsWeightSays) {
+  // Sources of 4, 3 and 2 samples, told apart by their lengths.
+  const TokenFile file(write_lengths({10, 11, 12, 13, 20, 21, 22, 30, 31}, "4,3,2"));
+  for (const bool pack : {false, true}) {
+    PackRules rules{.max_length = 100, .pack = pack, .weights = {0.5, 2, 1}};
+    const Packs packs = make_packs(file, nullptr, rules);
+    auto times = seen(packs);
+    EXPECT_EQ(times[10] + times[11] + times[12] + times[13], 2);
+    EXPECT_LE(std::max({times[10], times[11], times[12], times[13]}), 1);
+    for (const int64_t length : {20, 21, 22}) EXPECT_EQ(times[length], 2);
+    for (const int64_t length : {30, 31}) EXPECT_EQ(times[length], 1);
+    EXPECT_EQ(packs.weighed_again.samples, 3);
+    EXPECT_EQ(packs.weighed_again.tokens, 63);
+    EXPECT_EQ(packs.weighed_out.samples, 2);
+    EXPECT_EQ(seen(make_packs(file, nullptr, rules)), times) << "the same for everybody";
+    rules.weights = {0, 1.67, 0};
+    times = seen(make_packs(file, nullptr, rules));
+    EXPECT_EQ(times.size(), 3);
+    EXPECT_EQ(times[20] + times[21] + times[22], 5) << "round(1.67 * 3)";
+  }
+  // Another seed draws others.
+  std::set<std::map<int64_t, int64_t>> drawn;
+  for (uint64_t seed = 0; seed < 20; ++seed) drawn.insert(seen(make_packs(file, nullptr, {.max_length = 100, .seed = seed, .weights = std::vector<double>{0.5, 1, 1}})));
+  EXPECT_GT(drawn.size(), 2);
+}
+
+// A sample that is seen twice stays on its side, and evaluation sees each once.
+TEST(WeightTest, SharesToEvaluateOnAreDrawnBeforeWeights) {
+  std::vector<int64_t> lengths;
+  for (int64_t i = 1; i <= 60; ++i) lengths.push_back(i);
+  const std::string path = write_lengths(lengths, "40,20");
+  recipe::Recipe r = small_recipe();
+  r.data.sources = {{.name_or_path = "a", .weight = 3}, {.name_or_path = "b", .weight = 0.5}};
+  r.data.eval_share = 0.3, r.eval_interval = 1;
+  const plan::Plan plan = plan::make(r, small_model(), {}, 1, plan::DataFacts{.tokens_path = path});
+  const auto train = seen(*plan.train.packs), eval = seen(*plan.eval.packs);
+  EXPECT_EQ(eval.size(), 18);
+  int64_t halves = 0, of = 0;
+  for (int64_t i = 1; i <= 60; ++i) {
+    if (eval.contains(i)) {
+      EXPECT_EQ(eval.at(i), 1);
+      EXPECT_FALSE(train.contains(i)) << i;
+    } else if (i <= 40) {
+      EXPECT_EQ(train.at(i), 3);
+    } else {
+      ++of, halves += train.contains(i);
+    }
+  }
+  EXPECT_EQ(halves, std::llround(0.5 * static_cast<double>(of)));
 }
 
 // Whatever the ranks are, the same packs; documents and attention's share are priced by them.

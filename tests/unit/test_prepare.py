@@ -7,6 +7,7 @@ import lzma
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -384,11 +385,11 @@ def test_saved_data_sets(tmp_path, tokenizer_folder):
 
 
 def test_processes_give_the_same_file(tmp_path, tokenizer_folder, monkeypatch):
-    from ulysses_plus import documents
+    from ulysses_plus import parts
 
     path = write_lines(tmp_path / "chats.jsonl", [chat("a" * (i % 50 + 1), "yes") for i in range(300)])
     want = Path(prepare(request(tmp_path, tokenizer_folder, path))["tokens"]).read_bytes()
-    monkeypatch.setattr(documents, "WORTH_PROCESSES", 1)
+    monkeypatch.setattr(parts, "WORTH_PROCESSES", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     again = request(tmp_path, tokenizer_folder, path, cache_dir=str(tmp_path / "again"))
     assert Path(prepare(again)["tokens"]).read_bytes() == want
@@ -431,12 +432,13 @@ def test_a_preparation_that_is_told_to_end_leaves_nothing_half_written(tmp_path,
     process = subprocess.Popen([sys.executable, "-m", "ulysses_plus.prepare", "--request", str(tmp_path / "request.json")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT / "python"), "HF_HUB_OFFLINE": "1"})
-    while not list((tmp_path / "cache").glob("*.ids")) and process.poll() is None:
+    while not list((tmp_path / "cache").glob("*/*.ids")) and process.poll() is None:
         time.sleep(0.05)
     process.terminate()
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "interrupted") and "Traceback" not in err
-    assert all(name.endswith(".lock") for name in os.listdir(tmp_path / "cache"))
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert all(path.suffix == ".lock" or token_file.is_whole(path) for path in left)
 
 
 def test_the_command_ends_with_one_sentence(tmp_path, tokenizer_folder):
@@ -465,7 +467,7 @@ def test_errors_say_where_and_what(tmp_path, tokenizer_folder, rows, more, error
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_bad_samples_are_skipped_and_counted_on_request(tmp_path, tokenizer_folder, monkeypatch, capsys, processes):
-    monkeypatch.setattr("ulysses_plus.documents.WORTH_PROCESSES", 1)
+    monkeypatch.setattr("ulysses_plus.parts.WORTH_PROCESSES", 1)
     judge, silent = {"messages": [{"role": "judge", "content": "a"}]}, {"messages": [{"role": "user", "content": "a"}]}
     bad = write_lines(tmp_path / "bad.jsonl", ["oops\n", chat("a", "yes"), judge, silent, chat("b", "no")])
     good = write_lines(tmp_path / "good.jsonl", [chat("a", "yes"), chat("b", "no")])
@@ -497,5 +499,129 @@ def test_a_tokenizer_without_a_template_is_an_error(tmp_path):
 
 
 def test_a_hub_data_set_offline_is_an_error(tmp_path, tokenizer_folder, monkeypatch):
-    with pytest.raises(UserError, match=r"run.yml:9\): nobody/nothing: not in the cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match=r"run.yml:9\): nobody/nothing: not in the cache, and HF_HUB_OFFLINE is set: unset it, or run 'ulysses prepare' with this recipe on a machine with a network"):
         prepare(request(tmp_path, tokenizer_folder, "nobody/nothing"))
+
+
+# Preparations that are ended, meet, or find no lock.
+
+PREPARE = [sys.executable, "-m", "ulysses_plus.prepare", "--request"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "HF_HUB_OFFLINE": "1"}
+
+
+def started(asked, tmp_path, name="request"):
+    (tmp_path / f"{name}.json").write_text(json.dumps(asked))
+    return subprocess.Popen([*PREPARE, str(tmp_path / f"{name}.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def parts_in(cache):
+    return sorted(cache.glob("*.parts/*.safetensors"))
+
+
+def killed_halfway(asked, tmp_path):
+    """Kills a preparation with SIGKILL once it has made a few parts."""
+    process = started(asked, tmp_path)
+    while len(parts_in(tmp_path / "cache")) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_preparation_that_was_killed_goes_on_where_it_was(tmp_path, tokenizer_folder, processes):
+    path = write_lines(tmp_path / "chats.jsonl", [chat("the answer " * (i % 7 + 4), f"yes {i}") for i in range(5000)])
+    asked = request(tmp_path, tokenizer_folder, path, num_proc=processes)
+    killed_halfway(asked, tmp_path)
+    kept = parts_in(tmp_path / "cache")
+    assert kept and not list((tmp_path / "cache").glob("*.safetensors"))
+    time.sleep(0.5)    # a worker ends with its parent
+    with open(kept[0], "r+b") as file:    # one that did not come to the disk as it was made
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\7")
+    process = started(asked, tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    sizes = [int(last) - int(first) for _, first, last in (part.stem.split("-") for part in kept[1:])]
+    assert any(line.endswith("of 5,000 samples were prepared before: going on from there") and int(line.split()[0].replace(",", "")) >= sum(sizes) for line in err.splitlines()), err
+    answer = json.loads(out)
+    assert answer["num_samples"] == 5000 and not answer["cached"]
+    assert not list((tmp_path / "cache").glob("*.parts"))
+    whole = request(tmp_path, tokenizer_folder, path, num_proc=2, cache_dir=str(tmp_path / "whole"))
+    assert Path(answer["tokens"]).read_bytes() == Path(prepare(whole)["tokens"]).read_bytes()
+
+
+def test_parts_that_are_there_are_not_made_again(tmp_path, tokenizer_folder, monkeypatch):
+    from ulysses_plus import parts
+
+    path = write_lines(tmp_path / "chats.jsonl", [chat("a" * (i % 50 + 1), "yes") for i in range(300)])
+    asked = request(tmp_path, tokenizer_folder, path)
+    made, real = [], parts._made
+
+    def dies_at_the_third(encode, counters, *name):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(name)
+        return real(encode, counters, *name)
+
+    monkeypatch.setattr(parts, "_made", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(asked)
+    first, made[:] = list(made), []
+    monkeypatch.setattr(parts, "_made", lambda encode, counters, *name: made.append(name) or real(encode, counters, *name))
+    assert prepare(asked)["num_samples"] == 300
+    assert len(first) == 2 and not set(first) & set(made) and len(made) == 3
+
+
+def test_a_bad_sample_far_behind_leaves_no_parts(tmp_path, tokenizer_folder):
+    path = write_lines(tmp_path / "chats.jsonl", [chat("a", "yes")] * 5000 + [{"messages": [{"role": "judge", "content": "a"}]}])
+    for processes in (1, 2):
+        with pytest.raises(UserError, match="sample 5000: expected a role among"):
+            prepare(request(tmp_path, tokenizer_folder, path, num_proc=processes))
+        assert not [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")]
+
+
+def test_a_process_that_dies_is_said_and_what_is_prepared_is_kept(tmp_path, tokenizer_folder, monkeypatch):
+    from ulysses_plus import chat as chat_module
+
+    path = write_lines(tmp_path / "chats.jsonl", [chat("a", "yes")] * 5000 + [chat("die", "now")])
+    real = chat_module.ChatTokenizer.encode
+    monkeypatch.setattr(chat_module.ChatTokenizer, "encode", lambda self, turns, at: os._exit(9) if turns[0][1] == "die" else real(self, turns, at))
+    with pytest.raises(UserError, match="a process that tokenizes was ended from outside"):
+        prepare(request(tmp_path, tokenizer_folder, path, num_proc=2))
+    assert parts_in(tmp_path / "cache")
+
+
+def test_where_locks_do_not_reach_a_claim_keeps_others_waiting(tmp_path, tokenizer_folder, monkeypatch):
+    from ulysses_plus import cache_lock
+
+    monkeypatch.setattr(cache_lock.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
+    held = cache_lock.CacheLock(str(tmp_path / "x.safetensors"), "shared")
+    order = []
+
+    def other():
+        with cache_lock.CacheLock(str(tmp_path / "x.safetensors"), "shared"):
+            order.append("other")
+
+    monkeypatch.setattr(cache_lock, "TOUCHED_EVERY", 0.1)
+    monkeypatch.setattr(cache_lock, "NOBODYS_AFTER", 3)
+    with held:
+        thread = threading.Thread(target=other)
+        thread.start()
+        time.sleep(5)    # longer than a claim lives that nobody touches
+        order.append("first")
+    thread.join(60)
+    assert order == ["first", "other"]
+    assert not (tmp_path / "x.safetensors.claim").exists()
+    # Of one that was killed only its claim is left.
+    (tmp_path / "x.safetensors.claim").write_text("elsewhere 1\n")
+    other()
+    assert order[-1] == "other" and not (tmp_path / "x.safetensors.claim").exists()
+
+
+def test_the_kind_of_a_file_system_is_that_of_its_mount():
+    from ulysses_plus.cache_lock import file_system
+
+    assert file_system("/proc") == "proc"
+    assert file_system("/") is not None
+    assert file_system("/proc/self") == "proc"
