@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include <CLI/CLI.hpp>
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -16,6 +17,7 @@
 #include "base/check.h"
 #include "cli/verbs.h"
 #include "train/measure.h"
+#include "train/preempt.h"
 #include "train/rehearse.h"
 #include "train/train.h"
 
@@ -28,11 +30,17 @@ const char* prefix() {
   return rank == nullptr || std::string(rank) == "0" ? "" : "error: ";
 }
 
-// Where several ranks run, one that lost a peer lets that peer speak first: the launcher ends this one meanwhile.
-constexpr std::chrono::milliseconds kPeerSpeaksFirst{2000};
+// Where several ranks run, one that lost a peer lets that peer speak first: the launcher ends this one meanwhile. Where it has begun to,
+// by a signal that was taken for a wish to save, it needs its grace for it.
+constexpr std::chrono::milliseconds kPeerSpeaksFirst{2000}, kGrace{6000};
 
 [[noreturn]] void end(const std::string& message, Exit exit) {
-  if (exit == Exit::kDevice && std::getenv("RANK") != nullptr) std::this_thread::sleep_for(kPeerSpeaksFirst);
+  static std::atomic_flag ending;
+  while (ending.test_and_set()) std::this_thread::sleep_for(kGrace);  // another thread speaks
+  if (exit == Exit::kDevice && std::getenv("RANK") != nullptr) {
+    for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal, SIG_DFL);
+    std::this_thread::sleep_for(train::noticed_signal() != 0 ? kGrace : kPeerSpeaksFirst);
+  }
   if (!message.empty()) fmt::print(stderr, "{}{}\n", prefix(), message);
   std::fflush(stdout);
   std::fflush(stderr);

@@ -122,6 +122,7 @@ void Watch::start(int64_t local_rank, int port) {
                                           {"MASTER_PORT", std::to_string(port)},
                                           {"OMP_NUM_THREADS", threads},
                                           {"CUDA_DEVICE_ORDER", cuda_device_order()},
+                                          {"ULYSSES_HOST", job_.node ? std::optional(job_.node->hosts[static_cast<size_t>(job_.node->index)].name) : std::nullopt},
                                           {"TORCHELASTIC_USE_AGENT_STORE", std::nullopt}});
   Rank r;
   r.rank = rank;
@@ -160,7 +161,7 @@ void Watch::wait_for_news() {
 
 void Watch::read_errors(Rank& r) {
   r.error.read([&](const std::string& line) { take_line(r, line); });
-  if (!r.held.empty() && Clock::now() - r.held_since > kHold) quote(r);
+  if (!r.held.empty() && !stop_at_ && Clock::now() - r.held_since > kHold) quote(r);
 }
 
 void Watch::take_line(Rank& r, const std::string& line) {
