@@ -97,6 +97,7 @@ int run(int argc, char** argv) {
   train->add_option("--dump", job.dump_folder, "folder for the loss and gradients of each step");
   train->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
   train->add_flag("--restart-data", job.restart_data, "go on from a state with the data from its beginning");
+  train->add_option("--elapsed", job.elapsed_seconds, "seconds since the job was started for the first time");
   train->add_option("--profile", job.profile, "file for a Chrome trace of the third step");
   train->add_option("--rates", job.rates_path, "rates that were measured on this machine");
   CLI::App* measure = app.add_subcommand("measure", "How fast this machine is, as JSON");
@@ -112,6 +113,7 @@ int run(int argc, char** argv) {
     user_error("ulysses-engine: {}", e.what());
   }
   if (measure->parsed()) {
+    train::admit_signals();
     what.cuda = device == "cuda";
     fmt::print("{}\n", train::measure(what).dump());
     return 0;
@@ -120,6 +122,7 @@ int run(int argc, char** argv) {
   job.overrides.assign(words.begin() + 1, words.end());
   job.cuda = device == "cuda";
   if (const char* faults = std::getenv("ULYSSES_DISK_FAULTS")) job.disk_faults = faults;
+  if (job.rehearse) train::admit_signals();
   if (job.rehearse) return train::rehearse(job);
   ULY_USER_CHECK(!job.tokens_path.empty(), "ulysses-engine: --tokens is required");
   return train::run(job);

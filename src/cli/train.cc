@@ -1,5 +1,6 @@
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -78,6 +79,14 @@ std::string prepare_evaluation(const recipe::Recipe& recipe, const models::Spec&
 
 }  // namespace
 
+void check_restarts(const Options& options, const recipe::Recipe& recipe) {
+  if (options.max_restarts == 0) return;
+  const bool resumes = std::any_of(recipe.checkpoint.begin(), recipe.checkpoint.end(), [](const recipe::Checkpoint& c) { return c.enabled && c.auto_resume; });
+  ULY_USER_CHECK(resumes, "--max_restarts ({}): expected a state to go on from: checkpoint: [{{type: deepspeed, output_dir: ..., save_every_n_steps: ..., auto_resume: true}}]", recipe.where("checkpoint"));
+  ULY_USER_CHECK(!options.restart_data, "--max_restarts: expected no --restart-data, which would begin the data anew at each restart");
+  ULY_USER_CHECK(!options.no_ssh, "--max_restarts: expected no --no_ssh: nobody would start the ranks of all machines again together");
+}
+
 std::string engine_program() {
   const std::string engine = launch::engine_path();
   ULY_USER_CHECK(::access(engine.c_str(), X_OK) == 0, "{}: expected the engine here: {}; `make build` makes it", engine, std::strerror(errno));
@@ -86,11 +95,17 @@ std::string engine_program() {
 
 int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& machine, const std::vector<std::string>& command) {
   if (ranks.place) {
+    ULY_USER_CHECK(options.max_restarts == 0, "--max_restarts: this process belongs to a job that another launcher has started (RANK is set), which would have to start all ranks again: torchrun has --max-restarts, SLURM --requeue");
     launch::set_place(*ranks.place);
     become_engine(command);
   }
   if (ranks.node && ranks.node->leash) ranks.node->leash->wait_for_go();
-  return launch::run_local({.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr});
+  return launch::with_restarts(options.max_restarts, [&](double elapsed) {
+    launch::LocalJob job{.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr};
+    elapsed += options.elapsed_seconds;
+    if (elapsed > 1) job.command.insert(job.command.end(), {"--elapsed", fmt::format("{:.0f}", elapsed)});
+    return launch::run_local(job);
+  });
 }
 
 int train(const Options& options) {
@@ -98,6 +113,7 @@ int train(const Options& options) {
   const Ranks ranks = choose_ranks(options, recipe, true);
   if (ranks.cuda && ranks.obstacle) throw UserError(ranks.obstacle->sentence());
   check_profile(options.profile_path);
+  check_restarts(options, recipe);
   refuse_what_comes_later(recipe);
   engine_program();
   if (ranks.speaks() && !ranks.chosen) say("device: {}", device_words(ranks));

@@ -82,6 +82,7 @@ struct Follower {
   int weight() const {
     if (killed() || (ended && ended->value("killed", false))) return 0;
     if (saved()) return 3;
+    if (code() > 128) return 4;  // by a signal from here, or from nobody: see conclude()
     return code() == static_cast<int>(Exit::kDevice) ? 2 : 1;
   }
 };
@@ -124,6 +125,10 @@ class Leader {
       act();
     }
     return conclude();
+  }
+  bool asked() const { return asked_to_end_ != 0; }
+  bool lost() const {
+    return std::any_of(followers_.begin(), followers_.end(), [](const Follower& f) { return !f.here && !f.ended && f.killed(); });
   }
 
  private:
@@ -313,6 +318,10 @@ int Leader::conclude() {
     return 128 + asked_to_end_;
   }
   const char* others = followers_.size() > 1 ? "; the other machines' ranks were stopped" : "";
+  if (cause_->code() > 128) {
+    say("{}: heard nothing of this ulysses for too long and ended{}", cause_->host.name, others);
+    return static_cast<int>(Exit::kDevice);
+  }
   if (!cause_->ended && cause_->killed()) say("{}: {}{}", cause_->host.name, cause_->here ? "ulysses was killed there" : "the connection was lost", others);
   else if (!cause_->saved() && followers_.size() > 1) say("{}: ended with exit code {}{}", cause_->host.name, cause_->code(), others);
   return cause_->code();
@@ -332,6 +341,10 @@ int64_t Node::world() const {
   return ranks;
 }
 
-int lead(const Lead& job) { return Leader(job).run(); }
+Ended lead(const Lead& job) {
+  Leader leader(job);
+  const int code = leader.run();
+  return {.code = code, .asked = leader.asked(), .lost = leader.lost()};
+}
 
 }  // namespace uly::launch

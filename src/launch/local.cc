@@ -75,6 +75,7 @@ class Watch {
     for (Rank& r : ranks_) read_errors(r);
     return conclude();
   }
+  bool asked() const { return asked_to_end_ != 0; }
 
  private:
   void start(int64_t local_rank, int port);
@@ -111,6 +112,7 @@ void Watch::start(int64_t local_rank, int port) {
   ChildOptions options;
   options.command = job_.command;
   options.own_group = true;
+  options.hold_signals = true;
   options.environment = environment_with({{"RANK", std::to_string(rank)},
                                           {"LOCAL_RANK", std::to_string(local_rank)},
                                           {"WORLD_SIZE", std::to_string(world)},
@@ -240,9 +242,11 @@ int Watch::conclude() {
 
 }  // namespace
 
-int run_local(const LocalJob& job) {
+Ended run_local(const LocalJob& job) {
   std::fflush(stdout);
-  return Watch(job).run();
+  Watch watch(job);
+  const int code = watch.run();
+  return {.code = code, .asked = watch.asked()};
 }
 
 int free_port() {

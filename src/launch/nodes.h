@@ -14,6 +14,7 @@
 #include "base/json.h"
 #include "launch/exports.h"
 #include "launch/hostfile.h"
+#include "launch/restart.h"
 
 namespace uly::launch {
 
@@ -60,7 +61,7 @@ struct Lead {
 };
 
 // Runs the job to its end and returns the exit code of the machine that failed first, or 0.
-int lead(const Lead& job);
+Ended lead(const Lead& job);
 
 // What a follower says of its machine: {"version", "engine", "addresses", "port", ...} and `more`.
 Json facts_of_machine(const std::string& version, const Json& more);

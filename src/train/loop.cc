@@ -218,6 +218,8 @@ Progress Loop::resume_if_asked() {
     }
     return found->progress;
   }
+  const bool resumes = std::any_of(r_.checkpoint.begin(), r_.checkpoint.end(), [](const recipe::Checkpoint& c) { return c.enabled && c.auto_resume; });
+  if (resumes && s_.first()) Metrics::forget_unfinished(r_, plan::last_step(r_, s_.plan().horizon, 0));
   return {};
 }
 
@@ -327,9 +329,8 @@ void say_tiers(Session& s) {
 
 int run(const Job& job, comm::World& world) {
   const c10::InferenceMode no_autograd;
-  const Clock::time_point began = Clock::now();
+  const Clock::time_point began = Clock::now() - std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(job.elapsed_seconds));
   const int64_t before = memory::resident_bytes();
-  if (saves_states(recipe::load(job.recipe_path, job.overrides))) notice_signals();
   Session session(job, world);
   if (session.first())
     for (const plan::Line& line : session.plan().lines) say("{:<10} {}", line.subject, line.text);
@@ -343,6 +344,8 @@ int run(const Job& job, comm::World& world) {
 }
 
 int run(const Job& job) {
+  if (saves_states(recipe::load(job.recipe_path, job.overrides))) notice_signals();
+  admit_signals();
   comm::World world = comm::World::join(comm::rendezvous_from_environment());
   return run(job, world);
 }

@@ -38,6 +38,8 @@ class Metrics {
 
   // Takes back what a run has told of later steps, before it goes on from this one. Lines of runs before it stay.
   static void forget_after(const recipe::Recipe& recipe, int64_t iter);
+  // Takes back what a run has told that ended before `last_iter` and left no state, as this one begins where that began.
+  static void forget_unfinished(const recipe::Recipe& recipe, int64_t last_iter);
 
   void step(const StepFigures& f);
   // `speaks`: on the terminal too, also where steps have no metrics.
