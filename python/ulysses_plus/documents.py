@@ -15,7 +15,7 @@ BLOCK = 64
 
 
 def documents(request, sources, tokenizer):
-    """Yields (ids, flags) for every sample of every source, in order.
+    """Yields (ids, flags, (which source, sample in it)) for every sample of every source, in order.
 
     Raises UserError, naming source and sample, for a sample that cannot be trained on; for samples without an assistant
     turn after all have been read. With `on_error: skip` yields for these the sentence, a str, in their place.
@@ -28,12 +28,13 @@ def documents(request, sources, tokenizer):
     else:
         encode = _ChatEncoder(sources, tokenizer, name, request["data"], skip)
     silent, spoken = [], 0
+    number = {id(source): i for i, source in enumerate(sources)}
     for source, sample, ids, flags, answered in _mapped(encode, sources, request["data"].get("num_proc") or 1):
         if isinstance(ids, UserError):
             yield str(ids)
         elif answered:
             spoken += 1
-            yield ids, flags
+            yield ids, flags, (number[id(source)], sample)
         elif skip:
             yield f"{source.where}: {source.name}, sample {sample}: expected an assistant turn, found none"
         else:

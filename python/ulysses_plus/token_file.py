@@ -1,6 +1,6 @@
 """Token files: what training reads. See docs/design.md.
 
-A safetensors file with `starts` I64 [n+1], `ids` I32 [T] and `trained` U8 [T], in this order, so that each is aligned;
+A safetensors file with `starts` I64 [n+1], `rows` I64 [n, 2], `ids` I32 [T] and `trained` U8 [T], in this order, so that each is aligned;
 metadata of strings: format, vocabulary, provenance.
 """
 
@@ -25,7 +25,7 @@ class TokenFileWriter:
     def __init__(self, path):
         self.path = path
         self.num_tokens = self.num_trained_tokens = self.longest = self.largest_id = 0
-        self.x_starts = array.array("q", [0])
+        self.x_starts, self.x_rows = array.array("q", [0]), array.array("q")
         self.x_names = [f"{path}.{os.getpid()}.{kind}" for kind in ("ids", "trained", "whole")]
         self.x_ids, self.x_trained = open(self.x_names[0], "wb"), open(self.x_names[1], "wb")
 
@@ -33,8 +33,8 @@ class TokenFileWriter:
     def num_samples(self):
         return len(self.x_starts) - 1
 
-    def append(self, ids, flags):
-        """Adds one document: ids and flags (0 or 1), of equal length."""
+    def append(self, ids, flags, row):
+        """Adds one document: ids and flags (0 or 1), of equal length; its source and its place there."""
         assert len(ids) == len(flags)
         self.x_ids.write(array.array("i", ids).tobytes())
         self.x_trained.write(bytes(flags))
@@ -43,6 +43,7 @@ class TokenFileWriter:
         self.longest = max(self.longest, len(ids))
         self.largest_id = max(self.largest_id, max(ids, default=0))
         self.x_starts.append(self.num_tokens)
+        self.x_rows.extend(row)
 
     def summary(self):
         return {
@@ -59,6 +60,7 @@ class TokenFileWriter:
             with open(self.x_names[2], "wb") as whole:
                 whole.write(header)
                 whole.write(_little(self.x_starts))
+                whole.write(_little(self.x_rows))
                 for name in self.x_names[:2]:
                     with open(name, "rb") as part:
                         shutil.copyfileobj(part, whole, 1 << 20)
@@ -81,13 +83,14 @@ class TokenFileWriter:
 
 def make_header(num_samples, num_tokens, vocabulary, provenance):
     """Returns the safetensors header (length and JSON, padded to 8 bytes) of a token file."""
-    ends = [8 * (num_samples + 1)]
-    ends += [ends[0] + 4 * num_tokens, ends[0] + 5 * num_tokens]
+    ends = [8 * (num_samples + 1), 8 * (3 * num_samples + 1)]
+    ends += [ends[1] + 4 * num_tokens, ends[1] + 5 * num_tokens]
     header = {
         "__metadata__": {"format": FORMAT, "vocabulary": str(vocabulary), "provenance": json.dumps(provenance, sort_keys=True)},
         "starts": {"dtype": "I64", "shape": [num_samples + 1], "data_offsets": [0, ends[0]]},
-        "ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [ends[0], ends[1]]},
-        "trained": {"dtype": "U8", "shape": [num_tokens], "data_offsets": [ends[1], ends[2]]},
+        "rows": {"dtype": "I64", "shape": [num_samples, 2], "data_offsets": [ends[0], ends[1]]},
+        "ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [ends[1], ends[2]]},
+        "trained": {"dtype": "U8", "shape": [num_tokens], "data_offsets": [ends[2], ends[3]]},
     }
     text = json.dumps(header, ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)

@@ -96,7 +96,9 @@ void Metrics::step(const StepFigures& f) {
                {"step_tflops", flops / f.step_seconds}, {"step_time", f.step_seconds},
                {"tokens", f.tokens},         {"tokens_per_second", per_second},
                {"trained_tokens", f.trained_tokens}};
+  if (!f.not_applied.empty()) line["not_applied"] = f.not_applied;  // loss and grad_norm are null then
   write(line);
+  if (!f.not_applied.empty()) return;
   ++seen_;
   const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
   const double left = elapsed / static_cast<double>(seen_) * static_cast<double>(total_steps_ - f.iter);

@@ -21,6 +21,7 @@ struct StepFigures {
   double sum_squared_lengths = 0;          // of its documents
   double step_seconds = 0;      // forward, backward, update
   double iter_seconds = 0;      // since the last step ended: loading, saving included
+  std::string not_applied;      // why, where loss or norm are not finite
 };
 
 struct EvalFigures {

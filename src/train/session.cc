@@ -43,6 +43,17 @@ std::string others_on_gpu(int64_t local_rank) {
   return words;
 }
 
+// The first element that is NaN or infinite; -1 if there is none.
+int64_t first_not_finite(const std::vector<std::byte>& bytes, Dtype dtype) {
+  const auto find = [&]<typename T>(T exponent) -> int64_t {
+    const T* x = reinterpret_cast<const T*>(bytes.data());
+    const T* end = x + bytes.size() / sizeof(T);
+    const T* at = std::find_if(x, end, [&](T bits) { return (bits & exponent) == exponent; });
+    return at == end ? -1 : at - x;
+  };
+  return dtype == Dtype::kBf16 ? find(uint16_t{0x7f80}) : find(uint32_t{0x7f800000});
+}
+
 }  // namespace
 
 Session::Session(const Job& job, comm::World& world) 
@@ -238,6 +249,27 @@ void Session::evaluate(data::Batch batch, double scale) {
   const Program& program = program_for(batch.S, Phase::kEvaluation);
   load(program, std::move(batch), scale);
   step::evaluate(*engine_, *model_, program.options, states_);
+}
+
+std::optional<Session::NotFinite> Session::look_at_forward(data::Batch batch, double scale) {
+  begin_evaluation();
+  const Program& program = program_for(batch.S, Phase::kEvaluation);
+  load(program, std::move(batch), scale);
+  std::optional<NotFinite> found;
+  std::vector<std::byte> bytes;
+  const auto look = [&](size_t unit, const ops::Buffer& output) {
+    if (found) return;
+    const int64_t at_once = std::max<int64_t>(1, checkpoint::kAtOnce / output.columns);
+    for (int64_t row = 0; row < output.rows && !found; row += at_once) {
+      const ops::Buffer part = output.row_range(row, std::min(at_once, output.rows - row));
+      bytes.resize(static_cast<size_t>(part.bytes()));
+      engine_->read(bytes.data(), part);
+      if (const int64_t at = first_not_finite(bytes, part.dtype); at >= 0) found = NotFinite{unit, row + at / part.columns};
+    }
+  };
+  step::evaluate(*engine_, *model_, program.options, states_, look);
+  engine_->finish();
+  return found;
 }
 
 double Session::finish_evaluation() {

@@ -12,8 +12,9 @@ namespace uly::train {
 
 // How far a run is: what comes next follows from it and the recipe.
 struct Progress {
-  int64_t steps = 0;     // updates made
+  int64_t steps = 0;     // made, those that were not applied included
   int64_t consumed = 0;  // samples, over all ranks
+  int64_t skipped = 0;   // of the steps: not applied, as their gradients were not finite
 };
 
 // A save copies this rank's part of the states to host memory, which the step waits for, and a thread writes them. Where there is no
