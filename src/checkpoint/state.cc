@@ -198,8 +198,8 @@ StateReader::StateReader(const std::string& folder) : folder_(folder) {
   if (!text) damaged("cannot be read");
   manifest_ = Json::parse(*text, nullptr, false);
   if (!manifest_.is_object() || manifest_.value("digest", "") != digest_of(manifest_)) damaged("is not as it was written");
-  if (manifest_.value("format", 0) != kFormat) user_error("{}: expected format {}, found {}: another version of this program wrote it", path, kFormat, manifest_.value("format", 0));
   try {
+    if (manifest_.value("format", 0) != kFormat) user_error("{}: expected format {}, found {}: another version of this program wrote it", path, kFormat, manifest_.value("format", 0));
     for (const Json& file : manifest_.at("files"))
       for (const auto& [tensor, facts] : file.at("tensors").items())
         pieces_[tensor].push_back({.begin = facts.at(0), .count = facts.at(1), .file = file.at("file"), .tensor = tensor, .digest = facts.at(2)});

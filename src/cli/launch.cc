@@ -16,7 +16,6 @@ namespace uly::cli {
 namespace {
 
 constexpr const char* kDefaultHostfile = "/job/hostfile";
-constexpr int64_t kLittleSharedMemory = int64_t{1} << 30;
 
 void show_gpus(const std::vector<int64_t>& slots) {
   std::string list;
@@ -57,9 +56,9 @@ std::vector<std::string> choose_device(const Options& options, const std::vector
     say("device: {}, on {} machines with {} ranks", device, hosts.size(), std::accumulate(hosts.begin(), hosts.end(), size_t{0}, [](size_t n, const launch::Host& h) { return n + h.slots.size(); }));
   }
   for (size_t i = 0; i < hosts.size() && device == "cuda"; ++i) {
-    const int64_t gpus = facts[i].at("gpus"), shared = facts[i].at("shared_memory_bytes");
+    const int64_t gpus = facts[i].at("gpus");
     ULY_USER_CHECK(hosts[i].slots.back() < gpus, "{}: slot {} is asked for, {} GPU{} there: expected fewer slots in the hostfile", hosts[i].name, hosts[i].slots.back(), gpus, gpus == 1 ? " is" : "s are");
-    if (shared >= 0 && shared < kLittleSharedMemory && hosts[i].slots.size() > 1) say("{}: /dev/shm has room for {} only; GPUs that exchange through it may need more (of a container: --shm-size)", hosts[i].name, format_bytes(shared));
+    if (const std::string words = facts[i].at("shared_memory"); !words.empty() && hosts[i].slots.size() > 1) say("{}: {}", hosts[i].name, words);
   }
   return {"--device", device};
 }

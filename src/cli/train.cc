@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -66,6 +67,18 @@ std::string prepare_evaluation(const recipe::Recipe& recipe, const models::Spec&
   return prepare_data(other, spec).tokens_path;
 }
 
+void stop_before_ranks(int signal) {
+  static constexpr char kSaid[] = "stopped before the first step; start again\n";
+  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, kSaid, sizeof kSaid - 1);
+  static_cast<void>(signal);
+  ::_exit(static_cast<int>(Exit::kPreempted));  // what prepares dies with this process
+}
+
+// Until ranks run, and between their runs, nothing is to be saved: being asked to stop ends with the code of a run that has saved.
+void take_signals() {
+  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal, stop_before_ranks);
+}
+
 // Becomes the engine: the launcher that started this process watches it and has set its environment.
 [[noreturn]] void become_engine(const std::vector<std::string>& command) {
   std::fflush(stdout);
@@ -116,6 +129,7 @@ int train(const Options& options) {
   check_restarts(options, recipe);
   refuse_what_comes_later(recipe);
   engine_program();
+  if (recipe::saves_states(recipe)) take_signals();
   if (ranks.speaks() && !ranks.chosen) say("device: {}", device_words(ranks));
 
   const models::Spec spec = find_model(recipe, Fetch::kWeights);

@@ -137,6 +137,10 @@ struct Recipe {
   std::map<std::string, std::string> locations;
 };
 
+// Whether runs of this recipe leave states behind for another to go on from; and on their way.
+bool saves_states(const Recipe& recipe);
+bool saves_on_the_way(const Checkpoint& checkpoint);
+
 // Reads `path` and applies `overrides` ("key.path=value", value read as YAML). Throws UserError naming file, line,
 // expectation and finding.
 Recipe load(const std::string& path, const std::vector<std::string>& overrides);

@@ -33,12 +33,8 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
 
-bool saves_on_the_way(const recipe::Checkpoint& c) { return c.enabled && (c.save_every_n_steps > 0 || c.save_every_n_epochs > 0); }
-
-// Whether a state can be left behind for another run to go on from.
-bool saves_states(const recipe::Recipe& r) {
-  return std::any_of(r.checkpoint.begin(), r.checkpoint.end(), [](const recipe::Checkpoint& c) { return c.enabled && c.type != "huggingface" && (saves_on_the_way(c) || c.save_end_of_training || c.auto_resume); });
-}
+using recipe::saves_on_the_way;
+using recipe::saves_states;
 
 class Loop {
  public:

@@ -85,6 +85,7 @@ class Session {
   const Program& program_for(int64_t S, Phase phase);
   void load(const Program& program, data::Batch batch, double scale);
   const Program& update_program();
+  void compare_ranks();
   void agree();
   void load_weights();
   void empty_states();

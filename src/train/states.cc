@@ -200,6 +200,14 @@ void Saver::failed(const std::string& folder, const std::string& why) {
 
 // --- going on
 
+std::vector<std::string> changes_between(const Json& before, const Json& now) {
+  std::vector<std::array<std::string, 3>> found;
+  differences(before, now, "", found);
+  std::vector<std::string> words;
+  for (const auto& [key, a, b] : found) words.push_back(fmt::format("{}: {} -> {}", key, a, b));
+  return words;
+}
+
 std::vector<std::string> changes_since(const Json& saved, const Json& now, bool restart_data, const std::string& folder) {
   std::vector<std::array<std::string, 3>> found;
   differences(saved, now, "", found);

@@ -56,6 +56,9 @@ struct Resumed {
 };
 std::optional<Resumed> resume(Session& session, const recipe::Checkpoint& c, bool restart_data);
 
+// "epochs: 2 -> 3", for each key in which two recipes differ.
+std::vector<std::string> changes_between(const Json& before, const Json& now);
+
 // What the two recipes differ in, as "key: before -> after". Of keys on which model or data order depend, unless `restart_data`: throws UserError.
 std::vector<std::string> changes_since(const Json& saved, const Json& now, bool restart_data, const std::string& folder);
 

@@ -166,6 +166,36 @@ def test_asked_to_stop_it_saves_and_ends_with_85(job, undisturbed, sent, whom):
     same(job, undisturbed)
 
 
+def test_asked_to_stop_while_data_are_prepared_it_ends_with_85_too(job):
+    (job.folder / "python").write_text("#!/bin/sh\nexec sleep 60\n")
+    (job.folder / "python").chmod(0o755)
+    process = job.start(ULYSSES_PYTHON=str(job.folder / "python"))
+    job.wait_for(process, lambda: fixtures.processes_in(job.folder, "sleep"), "nothing is prepared")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 85 and said.splitlines()[-1] == "stopped before the first step; start again"
+    began = time.monotonic()
+    while fixtures.processes_in(job.folder, ""):
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+
+
+def test_asked_to_stop_while_it_evaluates_it_goes_on_from_there(job, tmp_path_factory):
+    evaluates = ("eval_interval=1", "data.train_eval_split=[0.6, 0.4]")
+    whole = Run(tmp_path_factory.mktemp("evaluates"))
+    whole.run(*evaluates)
+    steps = [m["iter"] for m in whole.metrics()]
+    assert [m["iter"] for m in whole.metrics() if "eval_loss" in m] == sorted(set(steps))
+    process = job.start(*evaluates)
+    job.wait_for(process, lambda: len(job.metrics()) >= 3, "no step")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (0, 85), said
+    job.run(*evaluates)
+    key = lambda m: (m["iter"], m.get("loss"), m.get("eval_loss"))    # noqa: E731
+    assert [key(m) for m in job.metrics()] == [key(m) for m in whole.metrics()]
+
+
 def test_asked_to_stop_while_it_loads_it_ends_with_85_too(job, undisturbed):
     """Each rank at whatever it is doing: its libraries are being loaded, it looks for the others, it reads weights."""
     for wait in (0, 0.1, 0.3, 0.6):
