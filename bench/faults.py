@@ -113,7 +113,7 @@ class Run:
 
     def saved(self):
         """The step of the last state that was saved, which `latest` says; 0 before the first."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             return int((self.folder / "states" / "latest").read_text().split("_")[-1])
         return 0
 
@@ -289,9 +289,9 @@ def revive(host):
 
 
 HERE = {
-    "kill -9 of a rank": (kill_rank, 34),
-    "kill -9 of a rank, --max_restarts": (kill_rank_restarts, 16),
-    "kill -9 of the launcher": (kill_launcher, 24),
+    "kill -9 of a rank": (kill_rank, 24),
+    "kill -9 of a rank, --max_restarts": (kill_rank_restarts, 12),
+    "kill -9 of the launcher": (kill_launcher, 16),
     "SIGTERM": (signalled(signal.SIGTERM), 14),
     "SIGINT": (signalled(signal.SIGINT), 8),
     "SIGUSR1": (signalled(signal.SIGUSR1), 8),
@@ -300,7 +300,7 @@ HERE = {
     "kill -9 within a save": (kill_in_save, 60),
     "disk full, by the system call": (full_in_save, 16),
     "disk full, a small file system": (full_disk, 10),
-    "flipped bytes in a state": (flipped_bytes, 26),
+    "flipped bytes in a state": (flipped_bytes, 18),
 }
 THERE = {
     "kill -9 of a rank, two machines": (kill_rank, 8),
@@ -414,7 +414,7 @@ class Campaign:
         calls = iter([(rank, n) for n in range(1, 200) for rank in ((0, 1) if n <= 60 else (0,))][seed % 2:])
         for i, (kind, happens) in enumerate(plan):
             rng = random.Random(seed * 100003 + i)
-            for attempt in range(20):
+            for attempt in range(20):  # until a run was not over before
                 folder = self.base / f"{name}{i}-{attempt}"
                 folder.mkdir()
                 row = {"event": kind, "wrong": None, "when": ""}
