@@ -85,6 +85,9 @@ void manifest(const std::string& bytes) {
     read(plain);
   } catch (const uly::UserError&) {
   }
+  int64_t depth = 0;
+  for (const char c : bytes)
+    if ((depth += (c == '[' || c == '{') - (c == ']' || c == '}')) > 50) return;  // nobody writes such a one, and the reader has seen it
   uly::Json facts = uly::Json::parse(bytes, nullptr, false);
   if (!facts.is_object()) return;
   std::vector<uly::Json> files;
