@@ -1,10 +1,10 @@
-# make demo | make test | make build; each does all the set-up it needs.
+# make demo | make test | make build | make fuzz; each does all the set-up it needs.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 JOBS ?= $(shell nproc)
 
-.PHONY: all setup build demo test docs clean
+.PHONY: all setup build demo test fuzz docs clean
 all: build
 
 setup: $(VENV)/.ready
@@ -23,6 +23,14 @@ demo: build
 test: build
 	ctest --test-dir build --output-on-failure -j $(JOBS)
 	$(VENV)/bin/python -m pytest tests -q
+
+# What reads files from outside, each for FUZZ_SECONDS; needs clang with libFuzzer.
+FUZZ_SECONDS ?= 600
+fuzz:
+	tests/fuzz/build.sh build/fuzz
+	for target in recipe hostfile env safetensors manifest tokens; do \
+	  mkdir -p build/fuzz/$$target && FUZZ_TARGET=$$target build/fuzz/fuzz -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 -max_len=65536 -artifact_prefix=build/fuzz/$$target- build/fuzz/$$target tests/fuzz/corpus/$$target || exit 1; \
+	done
 
 docs: build
 	build/ulysses docs > docs/recipe.md

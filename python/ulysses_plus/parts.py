@@ -170,7 +170,7 @@ def _made(encode, counters, which, first, last, path):
                 num_skipped, first_skipped = num_skipped + 1, first_skipped or str(error)
             else:
                 if answered:
-                    writer.append(ids, flags)
+                    writer.append(ids, flags, (which, source.row_number(i)))
                 else:
                     at = f"{source.where}: {source.name}, sample {source.row_number(i)}: expected an assistant turn, found none"
                     if encode.skip:

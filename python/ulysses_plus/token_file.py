@@ -1,7 +1,7 @@
 """Token files: what training reads. See docs/design.md.
 
-A safetensors file with `starts` I64 [n+1], `ids` I32 [T] and `trained` U8 [T], in this order, so that each is aligned;
-metadata of strings: format, vocabulary, provenance and, where several sources were joined, `sources`: samples of each.
+A safetensors file with `starts` I64 [n+1], `rows` I64 [n, 2], `ids` I32 [T] and `trained` U8 [T], in this order, so that each
+is aligned; metadata of strings: format, vocabulary, provenance and, where several sources were joined, `sources`: samples of each.
 """
 
 import array
@@ -26,7 +26,7 @@ class TokenFileWriter:
     def __init__(self, path):
         self.path = path
         self.num_tokens = self.num_trained_tokens = self.longest = self.largest_id = 0
-        self.x_starts = array.array("q", [0])
+        self.x_starts, self.x_rows = array.array("q", [0]), array.array("q")
         self.x_checksums = [0, 0]
         self.x_names = [f"{path}.{os.getpid()}.{kind}" for kind in ("ids", "trained", "whole")]
         self.x_ids, self.x_trained = open(self.x_names[0], "wb"), open(self.x_names[1], "wb")
@@ -35,8 +35,8 @@ class TokenFileWriter:
     def num_samples(self):
         return len(self.x_starts) - 1
 
-    def append(self, ids, flags):
-        """Adds one document: ids and flags (0 or 1), of equal length."""
+    def append(self, ids, flags, row):
+        """Adds one document: ids and flags (0 or 1), of equal length; its source and its place there."""
         assert len(ids) == len(flags)
         for i, (file, part) in enumerate(((self.x_ids, _little(array.array("i", ids))), (self.x_trained, bytes(flags)))):
             file.write(part)
@@ -46,6 +46,7 @@ class TokenFileWriter:
         self.longest = max(self.longest, len(ids))
         self.largest_id = max(self.largest_id, max(ids, default=0))
         self.x_starts.append(self.num_tokens)
+        self.x_rows.extend(row)
 
     def summary(self):
         return {
@@ -57,13 +58,14 @@ class TokenFileWriter:
         """Puts the file together and renames it into place. `provenance` is a JSON-like dict; the summary, with `more`, joins it."""
         self.x_ids.close()
         self.x_trained.close()
-        starts = _little(self.x_starts)
-        summary = {**self.summary(), **more, "checksums": [zlib.crc32(starts), *self.x_checksums]}
+        starts, rows = _little(self.x_starts), _little(self.x_rows)
+        summary = {**self.summary(), **more, "checksums": [zlib.crc32(starts), zlib.crc32(rows), *self.x_checksums]}
         header = make_header(self.num_samples, self.num_tokens, self.largest_id + 1, {**provenance, "summary": summary})
         try:
             with open(self.x_names[2], "wb") as whole:
                 whole.write(header)
                 whole.write(starts)
+                whole.write(rows)
                 for name in self.x_names[:2]:
                     with open(name, "rb") as part:
                         shutil.copyfileobj(part, whole, 1 << 20)
@@ -97,7 +99,7 @@ def join(paths, path, num_samples, num_tokens, vocabulary, sources, provenance):
                 starts.byteswap()
             whole.write(_little(array.array("q", [before + start for start in starts[1:]])))
             before += starts[-1]
-        for name in ("ids", "trained"):
+        for name in ("rows", "ids", "trained"):
             for each in paths:
                 with open(each, "rb") as part:
                     left = _section(part, name)
@@ -125,7 +127,7 @@ def is_whole(path):
     if found is None:
         return False
     with open(path, "rb") as file:
-        for name, wanted in zip(("starts", "ids", "trained"), found[0].get("checksums", [])):
+        for name, wanted in zip(("starts", "rows", "ids", "trained"), found[0].get("checksums", [])):
             file.seek(0)
             left, checksum = _section(file, name), 0
             while left > 0:
@@ -138,13 +140,14 @@ def is_whole(path):
 
 def make_header(num_samples, num_tokens, vocabulary, provenance, sources=()):
     """Returns the safetensors header (length and JSON, padded to 8 bytes) of a token file."""
-    ends = [8 * (num_samples + 1)]
-    ends += [ends[0] + 4 * num_tokens, ends[0] + 5 * num_tokens]
+    ends = [8 * (num_samples + 1), 8 * (3 * num_samples + 1)]
+    ends += [ends[1] + 4 * num_tokens, ends[1] + 5 * num_tokens]
     header = {
         "__metadata__": {"format": FORMAT, "vocabulary": str(vocabulary), "provenance": json.dumps(provenance, sort_keys=True), **({"sources": ",".join(map(str, sources))} if sources else {})},
         "starts": {"dtype": "I64", "shape": [num_samples + 1], "data_offsets": [0, ends[0]]},
-        "ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [ends[0], ends[1]]},
-        "trained": {"dtype": "U8", "shape": [num_tokens], "data_offsets": [ends[1], ends[2]]},
+        "rows": {"dtype": "I64", "shape": [num_samples, 2], "data_offsets": [ends[0], ends[1]]},
+        "ids": {"dtype": "I32", "shape": [num_tokens], "data_offsets": [ends[1], ends[2]]},
+        "trained": {"dtype": "U8", "shape": [num_tokens], "data_offsets": [ends[2], ends[3]]},
     }
     text = json.dumps(header, ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)

@@ -200,7 +200,7 @@ SafetensorsWriter::SafetensorsWriter(std::string path, const std::vector<Declare
 
   total_bytes_ = static_cast<int64_t>(text.size()) + end;
   remaining_bytes_ = total_bytes_;
-  fd_ = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  fd_ = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
   ULY_USER_CHECK(fd_ >= 0, "{}: cannot be written: {}", path_, cause());
   if (free_bytes(path_) < total_bytes_) fail(ENOSPC);
   // Claims the room now where a file system can, so that a full disk is known before the work. The size grows with what

@@ -123,7 +123,7 @@ void copy_files(const std::string& from, const std::string& to, bool (*wanted)(c
 }
 
 void write_file(const std::string& path, const std::string& content) {
-  const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
   if (fd < 0) refused(path, static_cast<int64_t>(content.size()));
   size_t done = 0;
   bool ok = true;

@@ -44,6 +44,15 @@ std::string digest_of(Json manifest) {
   return hex(XXH3_64bits(text.data(), text.size()));
 }
 
+// What is nested deeper than any manifest is none: writing it out again would go as deep.
+Json parse_flat(const std::string& text) {
+  constexpr int kDeepest = 64;
+  return Json::parse(text, [](int depth, Json::parse_event_t, Json&) {
+    if (depth > kDeepest) throw DamagedState("nested too deeply");
+    return true;
+  }, false);
+}
+
 std::optional<int64_t> step_of(const std::string& name) {
   if (!name.starts_with(kPrefix)) return std::nullopt;
   int64_t step = 0;
@@ -196,10 +205,14 @@ StateReader::StateReader(const std::string& folder) : folder_(folder) {
   const auto damaged = [&](const std::string& how) { throw DamagedState(fmt::format("{}: {}", path, how)); };
   const std::optional<std::string> text = text_of(path);
   if (!text) damaged("cannot be read");
-  manifest_ = Json::parse(*text, nullptr, false);
-  if (!manifest_.is_object() || manifest_.value("digest", "") != digest_of(manifest_)) damaged("is not as it was written");
-  if (manifest_.value("format", 0) != kFormat) user_error("{}: expected format {}, found {}: another version of this program wrote it", path, kFormat, manifest_.value("format", 0));
   try {
+    manifest_ = parse_flat(*text);
+  } catch (const DamagedState&) {
+    damaged("is not as it was written");
+  }
+  if (!manifest_.is_object() || manifest_.value("digest", "") != digest_of(manifest_)) damaged("is not as it was written");
+  try {
+    if (manifest_.value("format", 0) != kFormat) user_error("{}: expected format {}, found {}: another version of this program wrote it", path, kFormat, manifest_.value("format", 0));
     for (const Json& file : manifest_.at("files"))
       for (const auto& [tensor, facts] : file.at("tensors").items())
         pieces_[tensor].push_back({.begin = facts.at(0), .count = facts.at(1), .file = file.at("file"), .tensor = tensor, .digest = facts.at(2)});
@@ -210,6 +223,14 @@ StateReader::StateReader(const std::string& folder) : folder_(folder) {
 }
 
 void StateReader::check_model(const Json& identity) const {
+  try {
+    compare_model(identity);
+  } catch (const Json::exception&) {
+    throw DamagedState(fmt::format("{}: is not complete", (fs::path(folder_) / kManifest).string()));
+  }
+}
+
+void StateReader::compare_model(const Json& identity) const {
   const Json& saved = manifest_.at("model");
   if (saved == identity) return;
   ULY_USER_CHECK(saved.value("architecture", "") == identity.at("architecture").get<std::string>(), "{}: the state is of a {}, the recipe's model is a {}", folder_, saved.value("architecture", "?"), identity.at("architecture").get<std::string>());

@@ -109,6 +109,7 @@ class StateReader {
     int64_t begin = 0, count = 0;
     std::string file, tensor, digest;
   };
+  void compare_model(const Json& identity) const;
   const SafetensorsFile& open(const std::string& file);
 
   std::string folder_;

@@ -5,6 +5,7 @@
 #include <torch/version.h>
 
 #include <CLI/CLI.hpp>
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -16,6 +17,7 @@
 #include "base/check.h"
 #include "cli/verbs.h"
 #include "train/measure.h"
+#include "train/preempt.h"
 #include "train/rehearse.h"
 #include "train/train.h"
 
@@ -28,11 +30,17 @@ const char* prefix() {
   return rank == nullptr || std::string(rank) == "0" ? "" : "error: ";
 }
 
-// Where several ranks run, one that lost a peer lets that peer speak first: the launcher ends this one meanwhile.
-constexpr std::chrono::milliseconds kPeerSpeaksFirst{2000};
+// Where several ranks run, one that lost a peer lets that peer speak first: the launcher ends this one meanwhile. Where it has begun to,
+// by a signal that was taken for a wish to save, it needs its grace for it.
+constexpr std::chrono::milliseconds kPeerSpeaksFirst{2000}, kGrace{6000};
 
 [[noreturn]] void end(const std::string& message, Exit exit) {
-  if (exit == Exit::kDevice && std::getenv("RANK") != nullptr) std::this_thread::sleep_for(kPeerSpeaksFirst);
+  static std::atomic_flag ending;
+  while (ending.test_and_set()) std::this_thread::sleep_for(kGrace);  // another thread speaks
+  if (exit == Exit::kDevice && std::getenv("RANK") != nullptr) {
+    for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal, SIG_DFL);
+    std::this_thread::sleep_for(train::noticed_signal() != 0 ? kGrace : kPeerSpeaksFirst);
+  }
   if (!message.empty()) fmt::print(stderr, "{}{}\n", prefix(), message);
   std::fflush(stdout);
   std::fflush(stderr);
@@ -89,6 +97,7 @@ int run(int argc, char** argv) {
   train->add_option("--dump", job.dump_folder, "folder for the loss and gradients of each step");
   train->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
   train->add_flag("--restart-data", job.restart_data, "go on from a state with the data from its beginning");
+  train->add_option("--elapsed", job.elapsed_seconds, "seconds since the job was started for the first time");
   train->add_option("--profile", job.profile, "file for a Chrome trace of the third step");
   train->add_option("--rates", job.rates_path, "rates that were measured on this machine");
   CLI::App* measure = app.add_subcommand("measure", "How fast this machine is, as JSON");
@@ -104,6 +113,7 @@ int run(int argc, char** argv) {
     user_error("ulysses-engine: {}", e.what());
   }
   if (measure->parsed()) {
+    train::admit_signals();
     what.cuda = device == "cuda";
     fmt::print("{}\n", train::measure(what).dump());
     return 0;
@@ -112,6 +122,7 @@ int run(int argc, char** argv) {
   job.overrides.assign(words.begin() + 1, words.end());
   job.cuda = device == "cuda";
   if (const char* faults = std::getenv("ULYSSES_DISK_FAULTS")) job.disk_faults = faults;
+  if (job.rehearse) train::admit_signals();
   if (job.rehearse) return train::rehearse(job);
   ULY_USER_CHECK(!job.tokens_path.empty(), "ulysses-engine: --tokens is required");
   return train::run(job);

@@ -86,11 +86,14 @@ std::string engine_program();
 // GPUs, its part of a job.
 std::optional<int> launch_elsewhere(const std::string& verb, Options& options);
 
+// Throws UserError where --max_restarts would have nothing to go on from.
+void check_restarts(const Options& options, const recipe::Recipe& recipe);
+
 // What a leading ulysses asks of this one.
 launch::Followed follow();
 
 // Runs `command` as every rank on this machine, or, in a job that somebody else has started, becomes the one rank that this process
-// is. Returns the exit code.
+// is. Starts them again after a failure, as often as --max_restarts says. Returns the exit code.
 int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& machine, const std::vector<std::string>& command);
 
 // Has the token files made, or found in the cache: of data.sources and, where there are any, of data.eval_sources.

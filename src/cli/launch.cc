@@ -16,7 +16,6 @@ namespace uly::cli {
 namespace {
 
 constexpr const char* kDefaultHostfile = "/job/hostfile";
-constexpr int64_t kLittleSharedMemory = int64_t{1} << 30;
 
 void show_gpus(const std::vector<int64_t>& slots) {
   std::string list;
@@ -57,9 +56,9 @@ std::vector<std::string> choose_device(const Options& options, const std::vector
     say("device: {}, on {} machines with {} ranks", device, hosts.size(), std::accumulate(hosts.begin(), hosts.end(), size_t{0}, [](size_t n, const launch::Host& h) { return n + h.slots.size(); }));
   }
   for (size_t i = 0; i < hosts.size() && device == "cuda"; ++i) {
-    const int64_t gpus = facts[i].at("gpus"), shared = facts[i].at("shared_memory_bytes");
+    const int64_t gpus = facts[i].at("gpus");
     ULY_USER_CHECK(hosts[i].slots.back() < gpus, "{}: slot {} is asked for, {} GPU{} there: expected fewer slots in the hostfile", hosts[i].name, hosts[i].slots.back(), gpus, gpus == 1 ? " is" : "s are");
-    if (shared >= 0 && shared < kLittleSharedMemory && hosts[i].slots.size() > 1) say("{}: /dev/shm has room for {} only; GPUs that exchange through it may need more (of a container: --shm-size)", hosts[i].name, format_bytes(shared));
+    if (const std::string words = facts[i].at("shared_memory"); !words.empty() && hosts[i].slots.size() > 1) say("{}: {}", hosts[i].name, words);
   }
   return {"--device", device};
 }
@@ -109,8 +108,13 @@ std::optional<int> launch_elsewhere(const std::string& verb, Options& options) {
   const recipe::Recipe recipe = recipe::load(options.recipe, options.overrides);
   launch::Node all{.hosts = hosts};
   ULY_USER_CHECK(all.world() % recipe.sequence_parallel_size == 0, "sequence_parallel_size ({}): expected a divisor of {} ranks, found {}", recipe.where("sequence_parallel_size"), all.world(), recipe.sequence_parallel_size);
-  return launch::lead({.hosts = hosts, .arguments = arguments_of(verb, options), .master_address = options.master_address, .master_port = options.master_port, .ssh_port = options.ssh_port,
-                       .agree = [&](const std::vector<Json>& facts) { return choose_device(options, hosts, facts); }});
+  check_restarts(options, recipe);
+  return launch::with_restarts(options.max_restarts, [&](double elapsed) {
+    launch::Lead job{.hosts = hosts, .arguments = arguments_of(verb, options), .master_address = options.master_address, .master_port = options.master_port, .ssh_port = options.ssh_port,
+                     .agree = [&](const std::vector<Json>& facts) { return choose_device(options, hosts, facts); }};
+    if (elapsed > 1) job.arguments.insert(job.arguments.end(), {"--elapsed", fmt::format("{:.0f}", elapsed)});
+    return launch::lead(job);
+  });
 }
 
 launch::Followed follow() {

@@ -84,6 +84,7 @@ std::string help() {
       "  --no_ssh --node_rank N --master_addr HOST   this machine's part; the same command is started on each\n"
       "  --master_port PORT    where the ranks meet; without it, a free port\n"
       "  --enable_each_rank_log FOLDER   a file there of what each rank says\n"
+      "  --max_restarts N      train: after exit code 75 start again, from the newest state, at most N times\n"
       "  --restart-data        train: go on from a saved state with the data from its beginning, though its keys have changed\n"
       "  --from STATE --to FOLDER   export: the state's folder (by default the recipe's newest), the model's\n"
       "  --profile FILE        train: write a Chrome trace of the last of the first three steps\n"
@@ -156,6 +157,10 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     app.add_flag("--no_ssh,--no-ssh", options.no_ssh, "the same command is started on each machine");
     app.add_flag("--force_multi,--force-multi", options.force_multi, "over ssh also where there is one host");
     app.add_option("--enable_each_rank_log", options.log_folder, "a folder for a file of what each rank says");
+  }
+  if (std::string_view(verb.name) == "train") {
+    app.add_option("--max_restarts,--max-restarts", options.max_restarts, "after exit code 75, start again so often")->check(CLI::NonNegativeNumber);
+    app.add_option("--elapsed", options.elapsed_seconds, "")->group("");  // for exit_after, from who starts a job again
   }
   if (std::string_view(verb.name) == "train") app.add_flag("--restart-data,--restart_data", options.restart_data, "go on from a saved state, with the data from its beginning");
   if (std::string_view(verb.name) == "export") {

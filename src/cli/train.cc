@@ -1,6 +1,8 @@
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -54,6 +56,18 @@ std::vector<std::string> engine_command(const Options& options, bool cuda, const
   return command;
 }
 
+void stop_before_ranks(int signal) {
+  static constexpr char kSaid[] = "stopped before the first step; start again\n";
+  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, kSaid, sizeof kSaid - 1);
+  static_cast<void>(signal);
+  ::_exit(static_cast<int>(Exit::kPreempted));  // what prepares dies with this process
+}
+
+// Until ranks run, and between their runs, nothing is to be saved: being asked to stop ends with the code of a run that has saved.
+void take_signals() {
+  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal, stop_before_ranks);
+}
+
 // Becomes the engine: the launcher that started this process watches it and has set its environment.
 [[noreturn]] void become_engine(const std::vector<std::string>& command) {
   std::fflush(stdout);
@@ -67,6 +81,14 @@ std::vector<std::string> engine_command(const Options& options, bool cuda, const
 
 }  // namespace
 
+void check_restarts(const Options& options, const recipe::Recipe& recipe) {
+  if (options.max_restarts == 0) return;
+  const bool resumes = std::any_of(recipe.checkpoint.begin(), recipe.checkpoint.end(), [](const recipe::Checkpoint& c) { return c.enabled && c.auto_resume; });
+  ULY_USER_CHECK(resumes, "--max_restarts ({}): expected a state to go on from: checkpoint: [{{type: deepspeed, output_dir: ..., save_every_n_steps: ..., auto_resume: true}}]", recipe.where("checkpoint"));
+  ULY_USER_CHECK(!options.restart_data, "--max_restarts: expected no --restart-data, which would begin the data anew at each restart");
+  ULY_USER_CHECK(!options.no_ssh, "--max_restarts: expected no --no_ssh: nobody would start the ranks of all machines again together");
+}
+
 std::string engine_program() {
   const std::string engine = launch::engine_path();
   ULY_USER_CHECK(::access(engine.c_str(), X_OK) == 0, "{}: expected the engine here: {}; `make build` makes it", engine, std::strerror(errno));
@@ -75,11 +97,17 @@ std::string engine_program() {
 
 int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& machine, const std::vector<std::string>& command) {
   if (ranks.place) {
+    ULY_USER_CHECK(options.max_restarts == 0, "--max_restarts: this process belongs to a job that another launcher has started (RANK is set), which would have to start all ranks again: torchrun has --max-restarts, SLURM --requeue");
     launch::set_place(*ranks.place);
     become_engine(command);
   }
   if (ranks.node && ranks.node->leash) ranks.node->leash->wait_for_go();
-  return launch::run_local({.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr});
+  return launch::with_restarts(options.max_restarts, [&](double elapsed) {
+    launch::LocalJob job{.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr};
+    elapsed += options.elapsed_seconds;
+    if (elapsed > 1) job.command.insert(job.command.end(), {"--elapsed", fmt::format("{:.0f}", elapsed)});
+    return launch::run_local(job);
+  });
 }
 
 int train(const Options& options) {
@@ -87,8 +115,10 @@ int train(const Options& options) {
   const Ranks ranks = choose_ranks(options, recipe, true);
   if (ranks.cuda && ranks.obstacle) throw UserError(ranks.obstacle->sentence());
   check_profile(options.profile_path);
+  check_restarts(options, recipe);
   refuse_what_comes_later(recipe);
   engine_program();
+  if (recipe::saves_states(recipe)) take_signals();
   if (ranks.speaks() && !ranks.chosen) say("device: {}", device_words(ranks));
 
   const models::Spec spec = find_model(recipe, Fetch::kWeights);

@@ -48,6 +48,8 @@ struct Options {
   std::string dump_folder;   // passed on to the engine
   std::string profile_path;  // passed on to the engine
   bool restart_data = false;       // train: go on from a state with the data from its beginning
+  int64_t max_restarts = 0;        // train: starts again after exit code 75
+  double elapsed_seconds = 0;      // since the job was started for the first time
   std::string from, to;            // export: the state, the model's folder
 };
 

@@ -29,6 +29,10 @@ struct Store::Inside {
 Store::Store(std::unique_ptr<Inside> inside) : inside_(std::move(inside)) {}
 Store::~Store() = default;
 
+void Store::set(const std::string& key, const std::string& value) { inside_->store->set(key, value); }
+std::string Store::get(const std::string& key) { return inside_->store->get_to_str(key); }
+int64_t Store::add(const std::string& key, int64_t number) { return inside_->store->add(key, number); }
+
 namespace {
 
 // TCPStore's server listens at every interface; a job needs only the one by which its ranks come, so that is bound here and handed

@@ -19,6 +19,11 @@ class Store {
   Store& operator=(const Store&) = delete;
   Inside& inside() const { return *inside_; }
 
+  // Throw std::exception with c10d's own words. `add` returns the sum, `get` waits for the key.
+  void set(const std::string& key, const std::string& value);
+  std::string get(const std::string& key);
+  int64_t add(const std::string& key, int64_t number);
+
  private:
   std::unique_ptr<Inside> inside_;
 };

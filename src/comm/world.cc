@@ -1,5 +1,7 @@
 #include "comm/world.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cstdlib>
@@ -10,6 +12,7 @@
 
 #include "base/check.h"
 #include "comm/gloo.h"
+#include "comm/heartbeat.h"
 
 namespace uly::comm {
 namespace {
@@ -36,14 +39,15 @@ std::string first_line(const char* text) {
   return whole.substr(0, whole.find('\n'));
 }
 
-std::shared_ptr<Store> open_store(const Rendezvous& r) {
-  TcpAddress address;
+TcpAddress address_of(const Rendezvous& r) {
   // By number where all is here: then the server listens at the loopback interface only.
-  address.host = r.one_machine && is_loopback(r.address) ? "127.0.0.1" : r.address;
-  address.port = r.port;
+  return {.host = r.one_machine && is_loopback(r.address) ? "127.0.0.1" : r.address, .port = r.port, .timeout = r.timeout};
+}
+
+std::shared_ptr<Store> open_store(const Rendezvous& r) {
+  TcpAddress address = address_of(r);
   address.serves = r.rank == 0 && !r.served_elsewhere;
   address.workers = r.served_elsewhere ? 0 : r.size;
-  address.timeout = r.timeout;
   try {
     return open_tcp_store(address);
   } catch (const std::exception& e) {
@@ -52,6 +56,23 @@ std::shared_ptr<Store> open_store(const Rendezvous& r) {
       user_error("port {} at {} is in use by another program; choose another with --master_port", r.port, r.address);
     throw DeviceError(fmt::format("rank {}: the {} ranks did not meet at {}:{} within {} s: {}", r.rank, r.size, r.address, r.port,
                                   std::chrono::duration_cast<std::chrono::seconds>(r.timeout).count(), why));
+  }
+}
+
+// This process in words. The machine has the name by which the launcher knows it.
+std::string who() {
+  char name[256] = "this machine";
+  ::gethostname(name, sizeof name - 1);
+  return fmt::format("pid {} on {}", ::getpid(), variable("ULYSSES_HOST").value_or(name));
+}
+
+std::unique_ptr<Heartbeat> make_heartbeat(const Rendezvous& r) {
+  if (r.size == 1 || r.silence.count() == 0) return nullptr;
+  const Beats beats{.rank = r.rank, .size = r.size, .prefix = r.prefix, .who = who(), .place = fmt::format("{}:{}", r.address, r.port), .served_by_first = !r.served_elsewhere, .silence = r.silence};
+  try {
+    return std::make_unique<Heartbeat>(beats, [&] { return open_tcp_store(address_of(r)); }, [](const std::string& words) { throw DeviceError(words); });
+  } catch (const std::exception& e) {
+    throw DeviceError(fmt::format("rank {}: could not connect to {}: {}", r.rank, beats.place, first_line(e.what())));
   }
 }
 
@@ -68,6 +89,7 @@ Rendezvous rendezvous_from_environment() {
   ULY_USER_CHECK(r.port < 65536, "environment variable MASTER_PORT: expected a port from 1 to 65535, found {}", r.port);
   r.one_machine = is_loopback(r.address) || number("LOCAL_WORLD_SIZE", 0, 1) == r.size;
   r.prefix = variable("ULYSSES_JOB_TOKEN").value_or(r.prefix);
+  r.silence = std::chrono::seconds(number("ULYSSES_SILENCE", r.silence.count(), 0));
   // torchrun's agent keeps the store at this address and numbers its restarts.
   if (variable("TORCHELASTIC_USE_AGENT_STORE").value_or("") == "True") {
     r.served_elsewhere = true;
@@ -85,7 +107,13 @@ World::World(World&&) noexcept = default;
 World& World::operator=(World&&) noexcept = default;
 World::~World() = default;
 
-World World::join(const Rendezvous& rendezvous) { return World(rendezvous, rendezvous.size > 1 ? open_store(rendezvous) : nullptr); }
+World World::join(const Rendezvous& rendezvous) {
+  const std::shared_ptr<Store> store = rendezvous.size > 1 ? open_store(rendezvous) : nullptr;
+  std::unique_ptr<Heartbeat> heartbeat = make_heartbeat(rendezvous);
+  World world(rendezvous, store);
+  world.heartbeat_ = std::move(heartbeat);
+  return world;
+}
 
 std::vector<World> World::threads(int64_t size, std::chrono::milliseconds timeout, int64_t piece_bytes) {
   const std::shared_ptr<Store> store = size > 1 ? make_thread_store() : nullptr;

@@ -11,6 +11,7 @@
 
 namespace uly::comm {
 
+class Heartbeat;
 class Store;
 
 // Where and as whom to join.
@@ -26,17 +27,20 @@ struct Rendezvous {
   // the slowest rank may lag behind.
   std::chrono::milliseconds timeout = std::chrono::minutes(10);
   int64_t piece_bytes = kPieceBytes;
+  std::chrono::seconds silence{20};  // after which a rank that gives no sign of life ends this one; 0: never
 };
 
 // Reads RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and what torchrun adds. Without RANK and
-// WORLD_SIZE: one rank. ULYSSES_JOB_TOKEN: a word that only this job knows. Throws UserError naming the variable that is no number or out of range.
+// WORLD_SIZE: one rank. ULYSSES_JOB_TOKEN: a word that only this job knows.
+// ULYSSES_SILENCE: `silence`. Throws UserError naming the variable that is no number or out of range.
 Rendezvous rendezvous_from_environment();
 
 // One rank's membership. Groups may outlive it; on rank 0 it holds the store's server, so it stays as long as groups are
 // being made anywhere.
 class World {
  public:
-  // Returns when all ranks have come. Throws DeviceError if they do not come in time, UserError if the port is taken.
+  // Returns when all ranks have come. Throws DeviceError if they do not come in time, UserError if the port is taken. As long as it
+  // lives, a rank that gives no sign of life any more ends this process: a DeviceError that names it leaves a thread.
   static World join(const Rendezvous& rendezvous);
 
   // For tests: `size` worlds for as many threads of this process.
@@ -60,6 +64,7 @@ class World {
   Rendezvous rendezvous_;
   std::shared_ptr<Store> store_;  // null for one rank
   std::unique_ptr<Group> all_;
+  std::unique_ptr<Heartbeat> heartbeat_;  // null for one rank, and where ranks are threads
 };
 
 }  // namespace uly::comm

@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "base/check.h"
+#include "base/json.h"
 
 namespace uly::data {
 
@@ -26,7 +27,22 @@ TokenFile::TokenFile(const std::string& path) : file_(path) {
   int64_t end = 0;
   for (std::string count; std::getline(counts, count, ',');) source_ends_.push_back(end += std::atoll(count.c_str()));
   ULY_USER_CHECK(end == num_samples_, "{}: its sources have {} samples, its documents are {}: remove it and prepare again", path, end, num_samples_);
+  const TensorEntry* rows = file_.find("rows");
+  if (rows && rows->dtype == Dtype::kI64 && rows->elements() == 2 * num_samples_) rows_ = reinterpret_cast<const int64_t*>(rows->data);
   vocabulary_ = vocabulary == file_.metadata().end() ? 0 : std::atoll(vocabulary->second.c_str());
+}
+
+int64_t TokenFile::sample_at(int64_t token) const { return std::upper_bound(starts_, starts_ + num_samples_ + 1, token) - starts_ - 1; }
+
+std::string TokenFile::words(int64_t sample) const {
+  if (rows_) {
+    const auto provenance = file_.metadata().find("provenance");
+    const Json made = provenance == file_.metadata().end() ? Json() : Json::parse(provenance->second, nullptr, false);
+    const size_t source = static_cast<size_t>(rows_[2 * sample]);
+    if (made.is_object() && made.contains("sources") && source < made["sources"].size() && made["sources"][source].is_object())
+      if (const Json name = made["sources"][source].value("name", Json()); name.is_string()) return fmt::format("sample {} of {}", rows_[2 * sample + 1], name.get<std::string>());
+  }
+  return fmt::format("sample {} of {}", sample, file_.path());
 }
 
 }  // namespace uly::data

@@ -18,6 +18,10 @@ class TokenFile {
   int64_t num_samples() const { return num_samples_; }
   int64_t length(int64_t sample) const { return starts_[sample + 1] - starts_[sample]; }
   int64_t start(int64_t sample) const { return starts_[sample]; }
+  // The sample that has a token.
+  int64_t sample_at(int64_t token) const;
+  // Which it is of the data that were prepared: "sample 17 of chats.jsonl"; by its place in this file where that is not known.
+  std::string words(int64_t sample) const;
   // Of all tokens; at which of them they are touched is what is read of the file.
   const int32_t* ids() const { return ids_; }
   const uint8_t* trained() const { return trained_; }
@@ -32,6 +36,7 @@ class TokenFile {
   const int32_t* ids_ = nullptr;
   const uint8_t* trained_ = nullptr;
   const int64_t* starts_ = nullptr;
+  const int64_t* rows_ = nullptr;  // [n, 2]: source and row in it; null where the file does not say
 };
 
 }  // namespace uly::data

@@ -32,9 +32,11 @@ std::vector<char*> pointers(const std::vector<std::string>& texts) {
   if (o.in_fd >= 0) ::dup2(o.in_fd, STDIN_FILENO);
   if (o.out_fd >= 0) ::dup2(o.out_fd, STDOUT_FILENO);
   if (o.error_fd >= 0) ::dup2(o.error_fd, STDERR_FILENO);
-  sigset_t none;
-  ::sigemptyset(&none);
-  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  sigset_t held;
+  ::sigemptyset(&held);
+  if (o.hold_signals)
+    for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) ::sigaddset(&held, signal);
+  ::sigprocmask(SIG_SETMASK, &held, nullptr);
   ::execve(arguments[0], arguments, environment);
   const int error = errno;
   [[maybe_unused]] const ssize_t written = ::write(report_fd, &error, sizeof error);

@@ -12,6 +12,7 @@ struct ChildOptions {
   std::vector<std::string> command;      // path and arguments
   std::vector<std::string> environment;  // NAME=value
   int in_fd = -1, out_fd = -1, error_fd = -1;  // become its stdin, stdout and stderr; -1: this process's own
+  bool hold_signals = false;             // SIGTERM, SIGINT and SIGUSR1 are blocked in it, until it says what they mean
   bool own_group = false;                // a process group of its own: a terminal's Ctrl-C does not reach it
 };
 

@@ -2,7 +2,6 @@
 #include <ifaddrs.h>
 #include <net/if.h>
 #include <poll.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 #include <xxhash.h>
 
@@ -24,6 +23,7 @@
 #include "launch/environment.h"
 #include "launch/lines.h"
 #include "launch/local.h"
+#include "launch/nccl.h"
 #include "launch/nodes.h"
 
 namespace uly::launch {
@@ -77,13 +77,6 @@ std::vector<std::string> own_addresses() {
   return all;
 }
 
-// What tells two builds apart.
-std::string build_of(const std::string& version, const std::string& engine) {
-  std::ifstream file(engine, std::ios::binary);
-  const std::string bytes(std::istreambuf_iterator<char>(file), {});
-  return fmt::format("{}-{:08x}", version, XXH3_64bits(bytes.data(), bytes.size()) & 0xffffffff);
-}
-
 }  // namespace
 
 struct Leash::State {
@@ -114,11 +107,15 @@ void Leash::State::obey() {
   ::kill(::getpid(), SIGKILL);  // children die with it
 }
 
+std::string build_of(const std::string& version, const std::string& engine) {
+  std::ifstream file(engine, std::ios::binary);
+  const std::string bytes(std::istreambuf_iterator<char>(file), {});
+  return fmt::format("{}-{:08x}", version, XXH3_64bits(bytes.data(), bytes.size()) & 0xffffffff);
+}
+
 Json facts_of_machine(const std::string& version, const Json& more) {
   const std::string engine = engine_path();
-  struct statvfs shared {};
-  const bool known = ::statvfs("/dev/shm", &shared) == 0;
-  Json facts = {{"build", build_of(version, engine)}, {"engine", ""}, {"addresses", own_addresses()}, {"port", free_port()}, {"shared_memory_bytes", known ? static_cast<int64_t>(shared.f_bavail) * static_cast<int64_t>(shared.f_frsize) : -1}};
+  Json facts = {{"build", build_of(version, engine)}, {"engine", ""}, {"addresses", own_addresses()}, {"port", free_port()}, {"shared_memory", little_shared_memory("/dev/shm")}};
   if (::access(engine.c_str(), X_OK) != 0) facts["engine"] = fmt::format("no {} there: use a path that all machines share, or install it there", engine);
   facts.update(more);
   return facts;

@@ -14,6 +14,7 @@
 #include <optional>
 #include <random>
 #include <set>
+#include <utility>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -32,7 +33,7 @@ using std::chrono::seconds;
 constexpr seconds kBeat{2};          // between signs of life
 constexpr seconds kHello{60};        // for all machines to answer
 constexpr milliseconds kSettle{700}; // machines that fail together are seen one after the other
-constexpr seconds kGrace{15};        // between SIGTERM and the end of the connection
+constexpr seconds kGrace{6};         // between SIGTERM, SIGKILL for what is left, and the end of the connection
 constexpr int kSshFailed = 255, kNotFound = 127, kNotExecutable = 126;
 
 std::string joined(const std::vector<std::string>& parts, const char* between) {
@@ -81,6 +82,7 @@ struct Follower {
   int weight() const {
     if (killed() || (ended && ended->value("killed", false))) return 0;
     if (saved()) return 3;
+    if (code() > 128) return 4;  // by a signal from here, or from nobody: see conclude()
     return code() == static_cast<int>(Exit::kDevice) ? 2 : 1;
   }
 };
@@ -124,6 +126,10 @@ class Leader {
     }
     return conclude();
   }
+  bool asked() const { return asked_to_end_ != 0; }
+  bool lost() const {
+    return std::any_of(followers_.begin(), followers_.end(), [](const Follower& f) { return !f.here && !f.ended && f.killed(); });
+  }
 
  private:
   template <typename F>
@@ -154,6 +160,7 @@ class Leader {
   Clock::time_point beat_ = Clock::now();
   std::optional<Clock::time_point> failed_at_, stopped_at_;
   const Follower* cause_ = nullptr;
+  bool killed_rest_ = false;
   int asked_to_end_ = 0;
   bool gone_ = false;           // all are ready: ranks run
   std::set<std::string> said_;  // until then; what each machine finds for itself is told once
@@ -169,7 +176,7 @@ void Leader::start(const Host& host) {
   if (f.here) {
     child.command = {program, "follow"};
   } else {
-    child.command = {"/usr/bin/env", "ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"};
+    child.command = {"/usr/bin/env", "ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=4", "-o", "ServerAliveCountMax=3"};
     if (job_.ssh_port > 0) child.command.insert(child.command.end(), {"-p", std::to_string(job_.ssh_port)});
     child.command.insert(child.command.end(), {"--", host.name, "exec " + quoted(program) + " follow"});
   }
@@ -282,11 +289,13 @@ void Leader::act() {
       if (f.failed() && !f.saved() && (!cause_ || std::pair(f.weight(), f.ended_at) < std::pair(cause_->weight(), cause_->ended_at))) cause_ = &f;
     stopped_at_ = now;
     tell(fmt::format("signal {}\n", SIGTERM));
-  } else if (now - *stopped_at_ > kGrace) {
+  } else if (now - *stopped_at_ > 2 * kGrace) {
     for (Follower& f : followers_) {
       close_in(f);
-      if (!f.status && now - *stopped_at_ > 2 * kGrace) ::kill(-f.pid, SIGKILL);  // ssh; the machine beyond sees the end of its stdin, or nothing any more
+      if (!f.status && now - *stopped_at_ > 3 * kGrace) ::kill(-f.pid, SIGKILL);  // ssh; the machine beyond sees the end of its stdin, or nothing any more
     }
+  } else if (now - *stopped_at_ > kGrace && !std::exchange(killed_rest_, true)) {
+    tell(fmt::format("signal {}\n", SIGTERM));  // a second one
   }
 }
 
@@ -309,6 +318,10 @@ int Leader::conclude() {
     return 128 + asked_to_end_;
   }
   const char* others = followers_.size() > 1 ? "; the other machines' ranks were stopped" : "";
+  if (cause_->code() > 128) {
+    say("{}: heard nothing of this ulysses for too long and ended{}", cause_->host.name, others);
+    return static_cast<int>(Exit::kDevice);
+  }
   if (!cause_->ended && cause_->killed()) say("{}: {}{}", cause_->host.name, cause_->here ? "ulysses was killed there" : "the connection was lost", others);
   else if (!cause_->saved() && followers_.size() > 1) say("{}: ended with exit code {}{}", cause_->host.name, cause_->code(), others);
   return cause_->code();
@@ -328,6 +341,10 @@ int64_t Node::world() const {
   return ranks;
 }
 
-int lead(const Lead& job) { return Leader(job).run(); }
+Ended lead(const Lead& job) {
+  Leader leader(job);
+  const int code = leader.run();
+  return {.code = code, .asked = leader.asked(), .lost = leader.lost()};
+}
 
 }  // namespace uly::launch

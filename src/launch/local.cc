@@ -75,6 +75,7 @@ class Watch {
     for (Rank& r : ranks_) read_errors(r);
     return conclude();
   }
+  bool asked() const { return asked_to_end_ != 0; }
 
  private:
   void start(int64_t local_rank, int port);
@@ -111,6 +112,7 @@ void Watch::start(int64_t local_rank, int port) {
   ChildOptions options;
   options.command = job_.command;
   options.own_group = true;
+  options.hold_signals = true;
   options.environment = environment_with({{"RANK", std::to_string(rank)},
                                           {"LOCAL_RANK", std::to_string(local_rank)},
                                           {"WORLD_SIZE", std::to_string(world)},
@@ -122,6 +124,7 @@ void Watch::start(int64_t local_rank, int port) {
                                           {"MASTER_PORT", std::to_string(port)},
                                           {"OMP_NUM_THREADS", threads},
                                           {"CUDA_DEVICE_ORDER", cuda_device_order()},
+                                          {"ULYSSES_HOST", job_.node ? std::optional(job_.node->hosts[static_cast<size_t>(job_.node->index)].name) : std::nullopt},
                                           {"TORCHELASTIC_USE_AGENT_STORE", std::nullopt}});
   Rank r;
   r.rank = rank;
@@ -160,7 +163,7 @@ void Watch::wait_for_news() {
 
 void Watch::read_errors(Rank& r) {
   r.error.read([&](const std::string& line) { take_line(r, line); });
-  if (!r.held.empty() && Clock::now() - r.held_since > kHold) quote(r);
+  if (!r.held.empty() && !stop_at_ && Clock::now() - r.held_since > kHold) quote(r);
 }
 
 void Watch::take_line(Rank& r, const std::string& line) {
@@ -239,9 +242,11 @@ int Watch::conclude() {
 
 }  // namespace
 
-int run_local(const LocalJob& job) {
+Ended run_local(const LocalJob& job) {
   std::fflush(stdout);
-  return Watch(job).run();
+  Watch watch(job);
+  const int code = watch.run();
+  return {.code = code, .asked = watch.asked()};
 }
 
 int free_port() {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "launch/nodes.h"
+#include "launch/restart.h"
 
 namespace uly::launch {
 
@@ -20,7 +21,7 @@ struct LocalJob {
   const Node* node = nullptr;             // of a job on several machines: `ranks` are those here
 };
 
-// Runs the ranks until all have ended and returns the exit code of the one that failed first, or 0.
+// Runs the ranks until all have ended and returns the exit code of the one that failed first, or 0; `lost` never.
 //
 // Rank 0 speaks to this process's stdout and stderr (with a log folder: through pipes, as the others do); lines of the others come to
 // stderr after "[rank 3] ". From a line
@@ -30,7 +31,7 @@ struct LocalJob {
 // When a rank fails the others get SIGTERM, and SIGKILL after `grace`. A rank that a signal ended counts as a failed
 // device: 75. SIGINT, SIGTERM and SIGHUP are passed on to the ranks, which may end as they see fit; a second one kills
 // them at once, and the result is 128 + the signal, as it is if they die of it. If this process dies they die.
-int run_local(const LocalJob& job);
+Ended run_local(const LocalJob& job);
 
 // A TCP port that nobody listens at on 127.0.0.1.
 int free_port();

@@ -29,4 +29,11 @@ std::string wanted_comm();
 // one machine meet at its loopback interface.
 void prepare_nccl(bool shared_gpus, bool one_machine);
 
+// What a machine lacks that NCCL wants, in a sentence; "" if nothing is.
+//
+// Devices of a fabric that NCCL reaches by a plugin only (Amazon's EFA), and no plugin that can be loaded. `devices`: /sys/class/infiniband.
+std::string missing_plugin(const std::string& devices);
+// Room in /dev/shm, by which GPUs of one machine may exchange.
+std::string little_shared_memory(const std::string& folder);
+
 }  // namespace uly::launch

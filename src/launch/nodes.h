@@ -14,6 +14,7 @@
 #include "base/json.h"
 #include "launch/exports.h"
 #include "launch/hostfile.h"
+#include "launch/restart.h"
 
 namespace uly::launch {
 
@@ -60,7 +61,10 @@ struct Lead {
 };
 
 // Runs the job to its end and returns the exit code of the machine that failed first, or 0.
-int lead(const Lead& job);
+Ended lead(const Lead& job);
+
+// What tells two builds apart: the version and a digest of the engine's program.
+std::string build_of(const std::string& version, const std::string& engine);
 
 // What a follower says of its machine: {"version", "engine", "addresses", "port", ...} and `more`.
 Json facts_of_machine(const std::string& version, const Json& more);

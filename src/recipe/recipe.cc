@@ -86,4 +86,10 @@ Recipe load(const std::string& path, const std::vector<std::string>& overrides) 
   return recipe;
 }
 
+bool saves_on_the_way(const Checkpoint& c) { return c.enabled && (c.save_every_n_steps > 0 || c.save_every_n_epochs > 0); }
+
+bool saves_states(const Recipe& r) {
+  return std::any_of(r.checkpoint.begin(), r.checkpoint.end(), [](const Checkpoint& c) { return c.enabled && c.type != "huggingface" && (saves_on_the_way(c) || c.save_end_of_training || c.auto_resume); });
+}
+
 }  // namespace uly::recipe

@@ -113,6 +113,7 @@ struct Recipe {
   int64_t exit_iteration = 0, exit_iteration_this_run = 0, min_iterations = 0;
   bool overfit_first_batch = false;
   std::string kill_switch_path = "/tmp/at_kill_switch";
+  std::string on_nan = "stop";                  // stop | skip: at a loss or gradient norm that is not finite
   double exit_after_seconds = 0;                // exit_after: of wall-clock time, from the first step on; 0: never
   int64_t memory_device_bytes = 0;              // memory.device: what one rank may use; 0 = by the machine
   int64_t memory_host_bytes = 0;                // memory.host: what all ranks of a machine may use besides; 0 = by the machine
@@ -136,6 +137,10 @@ struct Recipe {
   std::string where(const std::string& key) const;
   std::map<std::string, std::string> locations;
 };
+
+// Whether runs of this recipe leave states behind for another to go on from; and on their way.
+bool saves_states(const Recipe& recipe);
+bool saves_on_the_way(const Checkpoint& checkpoint);
 
 // Reads `path` and applies `overrides` ("key.path=value", value read as YAML). Throws UserError naming file, line,
 // expectation and finding.

@@ -65,7 +65,7 @@ Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, cons
 }
 
 // The same without gradients.
-void loss_alone(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, const States& states, Held x_sD) {
+void loss_alone(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, const States& states, Held x_sD, const Look& look) {
   const models::Spec& spec = m.spec;
   const Schedule units(m);
   const int64_t s = o.s, D = spec.D, tile = std::min(o.loss_tile, s);
@@ -85,6 +85,7 @@ void loss_alone(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, con
     ops.cross_entropy(logits, (*loss_s).row_range(first, t), labels_s.row_range(first, t));
   }
   ops.sum_loss(states.loss_total, loss_s);
+  if (look) look(units.head, loss_s);
   if (spec.tied_embeddings) zero.release(units.table);
   zero.release(units.head);
 }
@@ -109,9 +110,9 @@ class Micro {
     block_.emplace(ops_, m_.spec, o_, ulysses_, table_sH_);
   }
 
-  void evaluate() {
+  void evaluate(const Look& look) {
     const std::vector<LayerKeep> nothing(saved_.size(), {.input = false, .output = false});
-    loss_alone(ops_, m_, o_, zero_, states_, forward(nothing));
+    loss_alone(ops_, m_, o_, zero_, states_, forward(nothing, look), look);
   }
 
   void run() {
@@ -127,7 +128,7 @@ class Micro {
  private:
   LayerViews weights(size_t l) { return layer_views(m_.spec, zero_.weights(l + 1)); }
 
-  Held forward(const std::vector<LayerKeep>& keep) {
+  Held forward(const std::vector<LayerKeep>& keep, const Look& look = nullptr) {
     const models::Spec& spec = m_.spec;
     zero_.prefetch(units_.embedding);
     Held x_sD(ops_, o_.s, spec.D, o_.dtype, Kind::kSaved, "layer input");
@@ -135,6 +136,7 @@ class Micro {
     zero_.prefetch(1);
     ops_.embed(x_sD, embedding, ops_.input(ops::Input::kIds_s));
     zero_.release(units_.embedding);
+    if (look) look(units_.embedding, x_sD);
     for (size_t l = 0; l < saved_.size(); ++l) {
       const LayerViews w = weights(l);
       zero_.prefetch(l + 2);  // after the last layer: the head
@@ -147,6 +149,7 @@ class Micro {
         if (o_.lean) settle();
       });
       settle();
+      if (look) look(l + 1, x_sD);
       if (!is_next_in_backward(l)) zero_.release(l + 1);
     }
     if (o_.mesh.W > 1) zero_.prefetch(first_of_backward() + 1);  // under the loss head
@@ -244,7 +247,7 @@ class Micro {
 
 void micro_step(ops::Ops& ops, const Model& m, const Options& o, const States& states, const Phase& phase) { Micro(ops, m, o, states, phase).run(); }
 
-void evaluate(ops::Ops& ops, const Model& m, const Options& o, const States& states) { Micro(ops, m, o, states, {.first = false, .last = false, .update = false}).evaluate(); }
+void evaluate(ops::Ops& ops, const Model& m, const Options& o, const States& states, const Look& look) { Micro(ops, m, o, states, {.first = false, .last = false, .update = false}).evaluate(look); }
 
 void finish_evaluation(ops::Ops& ops, const Options& o, const States& states) {
   if (o.mesh.W > 1) ops.wait(ops.all_reduce(states.loss_total, ops::Group::kWorld));

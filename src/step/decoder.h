@@ -1,6 +1,8 @@
 // The programs of a training step: one micro-batch forward and backward, the gradient's norm, the update.
 #pragma once
 
+#include <functional>
+
 #include "step/block.h"
 #include "step/options.h"
 #include "step/zero.h"
@@ -21,8 +23,10 @@ void begin(ops::Ops& ops, const States& states);
 void micro_step(ops::Ops& ops, const Model& model, const Options& options, const States& states, const Phase& phase);
 
 // Forward of one micro-batch alone: adds to loss_total and keeps nothing. Updates that wait have been made before. Begin with begin(), end
-// with finish_evaluation().
-void evaluate(ops::Ops& ops, const Model& model, const Options& options, const States& states);
+// with finish_evaluation(). `look` sees what has a row for each of this rank's tokens as it comes to be: what each unit puts out, counted as
+// in model.units, the last the loss of each token.
+using Look = std::function<void(size_t unit, const ops::Buffer& output)>;
+void evaluate(ops::Ops& ops, const Model& model, const Options& options, const States& states, const Look& look = nullptr);
 
 // Sums the loss over all ranks.
 void finish_evaluation(ops::Ops& ops, const Options& options, const States& states);

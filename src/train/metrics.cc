@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <vector>
 
 #include "base/check.h"
@@ -34,24 +35,38 @@ Metrics::Metrics(const recipe::Recipe& r, const models::Spec& spec, int64_t tota
   ULY_USER_CHECK(file_.good(), "train_log_metrics_path ({}): cannot write {}: {}", r.where("train_log_metrics_path"), path_, error ? error.message() : std::strerror(errno));
 }
 
-void Metrics::forget_after(const recipe::Recipe& r, int64_t iter) {
+namespace {
+
+// Takes back the last run's lines from `iter` on, exclusive; nothing if that run came to `finished`.
+void forget(const recipe::Recipe& r, int64_t iter, int64_t finished) {
   const std::string& path = r.train_log_metrics_path;
   std::ifstream file(path);
   std::vector<std::string> lines;
   for (std::string line; std::getline(file, line);) lines.push_back(line);
   if (lines.empty()) return;
-  // The last may be half of one.
-  const auto is_later = [&](const std::string& line) {
-    const Json told = Json::parse(line, nullptr, false);
-    return !told.is_object() || told.value("iter", int64_t{0}) > iter;
-  };
-  while (!lines.empty() && is_later(lines.back())) lines.pop_back();
+  int64_t last = std::numeric_limits<int64_t>::max();  // of the run's lines, the earliest so far
+  while (!lines.empty()) {
+    const Json told = Json::parse(lines.back(), nullptr, false);
+    if (told.is_object()) {  // the last may be half of one
+      const int64_t at = told.value("iter", int64_t{0});
+      if (at >= finished) return;
+      if (at <= iter || at > last) break;
+      last = at;
+    }
+    lines.pop_back();
+  }
   std::string text;
   for (const std::string& line : lines) text += line + "\n";
   const std::string beside = path + ".incomplete";
   checkpoint::write_file(beside, text);
   ULY_USER_CHECK(::rename(beside.c_str(), path.c_str()) == 0, "train_log_metrics_path ({}): cannot write {}: {}", r.where("train_log_metrics_path"), path, std::strerror(errno));
 }
+
+}  // namespace
+
+void Metrics::forget_after(const recipe::Recipe& r, int64_t iter) { forget(r, iter, std::numeric_limits<int64_t>::max()); }
+
+void Metrics::forget_unfinished(const recipe::Recipe& r, int64_t last_iter) { forget(r, 0, last_iter); }
 
 // The reference's formula (full attention, activation checkpointing on), so that figures can be laid side by side.
 double Metrics::teraflops(const StepFigures& f) const {
@@ -81,7 +96,9 @@ void Metrics::step(const StepFigures& f) {
                {"step_tflops", flops / f.step_seconds}, {"step_time", f.step_seconds},
                {"tokens", f.tokens},         {"tokens_per_second", per_second},
                {"trained_tokens", f.trained_tokens}};
+  if (!f.not_applied.empty()) line["not_applied"] = f.not_applied;  // loss and grad_norm are null then
   write(line);
+  if (!f.not_applied.empty()) return;
   ++seen_;
   const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
   const double left = elapsed / static_cast<double>(seen_) * static_cast<double>(total_steps_ - f.iter);

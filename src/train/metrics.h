@@ -21,6 +21,7 @@ struct StepFigures {
   double sum_squared_lengths = 0;          // of its documents
   double step_seconds = 0;      // forward, backward, update
   double iter_seconds = 0;      // since the last step ended: loading, saving included
+  std::string not_applied;      // why, where loss or norm are not finite
 };
 
 struct EvalFigures {
@@ -38,6 +39,8 @@ class Metrics {
 
   // Takes back what a run has told of later steps, before it goes on from this one. Lines of runs before it stay.
   static void forget_after(const recipe::Recipe& recipe, int64_t iter);
+  // Takes back what a run has told that ended before `last_iter` and left no state, as this one begins where that began.
+  static void forget_unfinished(const recipe::Recipe& recipe, int64_t last_iter);
 
   void step(const StepFigures& f);
   // `speaks`: on the terminal too, also where steps have no metrics.

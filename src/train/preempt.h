@@ -8,6 +8,9 @@ namespace uly::train {
 // From now on SIGTERM, SIGINT and SIGUSR1 are noted instead of ending this process; a second one ends it at once.
 void notice_signals();
 
+// Lets these signals in: the launcher has blocked them until it is known what they mean.
+void admit_signals();
+
 // The signal that came, or 0.
 int noticed_signal();
 

@@ -16,7 +16,9 @@
 #include "launch/environment.h"
 #include "launch/gpus.h"
 #include "launch/nccl.h"
+#include "launch/nodes.h"
 #include "plan/exchanges.h"
+#include "train/states.h"
 
 namespace uly::train {
 namespace {
@@ -43,10 +45,22 @@ std::string others_on_gpu(int64_t local_rank) {
   return words;
 }
 
+// The first element that is NaN or infinite; -1 if there is none.
+int64_t first_not_finite(const std::vector<std::byte>& bytes, Dtype dtype) {
+  const auto find = [&]<typename T>(T exponent) -> int64_t {
+    const T* x = reinterpret_cast<const T*>(bytes.data());
+    const T* end = x + bytes.size() / sizeof(T);
+    const T* at = std::find_if(x, end, [&](T bits) { return (bits & exponent) == exponent; });
+    return at == end ? -1 : at - x;
+  };
+  return dtype == Dtype::kBf16 ? find(uint16_t{0x7f80}) : find(uint32_t{0x7f800000});
+}
+
 }  // namespace
 
 Session::Session(const Job& job, comm::World& world) 
     : world_(world), recipe_(recipe::load(job.recipe_path, job.overrides)), tokenizer_folder_(job.tokenizer_folder.empty() ? job.model_folder : job.tokenizer_folder) {
+  compare_ranks();
   models::Spec spec = models::find(job.model_folder, "", recipe_.model.hf_config_kwargs);
   spec.name = recipe_.model.name_or_path;
   const auto place = launch::place_in_job();
@@ -103,6 +117,20 @@ Session::Session(const Job& job, comm::World& world)
   states_ = step::make_states(*engine_, model_->units, options);
   if (job.rehearse) empty_states();
   else load_weights();
+}
+
+// Before anything else is done together: one program, one recipe. Throws UserError naming the first rank that has another.
+void Session::compare_ranks() {
+  const Json mine = {{"build", launch::build_of("", "/proc/self/exe")}, {"recipe", recipe_.normalized}};
+  const std::vector<std::string> all = world_.all().exchange(mine.dump());
+  const Json first = Json::parse(all[0]);
+  for (size_t r = 1; r < all.size(); ++r) {
+    if (all[r] == all[0]) continue;
+    const Json other = Json::parse(all[r]);
+    ULY_USER_CHECK(other.at("build") == first.at("build"), "rank {}: another build of ulysses ({}) than rank 0's ({}): install the same on all machines", r, other.at("build").get<std::string>(), first.at("build").get<std::string>());
+    const std::vector<std::string> changes = changes_between(first.at("recipe"), other.at("recipe"));
+    user_error("rank {}: its recipe is not rank 0's: {} there: all ranks need the same", r, changes.empty() ? "?" : changes[0]);
+  }
 }
 
 // Throws UserError naming the first rank whose plan differs: a difference would be a wait without end later.
@@ -201,6 +229,11 @@ void Session::make_engine(const Job& job, int64_t local_rank) {
   };
   if (options.nccl) {
     const auto place = launch::place_in_job();
+    if (place && local_rank == 0) {
+      const bool several = place->local_world_size < place->world_size;
+      if (const std::string words = several ? launch::missing_plugin("/sys/class/infiniband") : ""; !words.empty()) say("{}", words);
+      if (const std::string words = place->local_world_size > 1 ? launch::little_shared_memory("/dev/shm") : ""; !words.empty()) say("{}", words);
+    }
     launch::prepare_nccl(machine_.gpu_ranks > 1, !place || place->local_world_size == place->world_size);
   }
   engine_ = engine::make_cuda_engine(launch::program_folder(), world_.all(), *sequence_, options);
@@ -238,6 +271,27 @@ void Session::evaluate(data::Batch batch, double scale) {
   const Program& program = program_for(batch.S, Phase::kEvaluation);
   load(program, std::move(batch), scale);
   step::evaluate(*engine_, *model_, program.options, states_);
+}
+
+std::optional<Session::NotFinite> Session::look_at_forward(data::Batch batch, double scale) {
+  begin_evaluation();
+  const Program& program = program_for(batch.S, Phase::kEvaluation);
+  load(program, std::move(batch), scale);
+  std::optional<NotFinite> found;
+  std::vector<std::byte> bytes;
+  const auto look = [&](size_t unit, const ops::Buffer& output) {
+    if (found) return;
+    const int64_t at_once = std::max<int64_t>(1, checkpoint::kAtOnce / output.columns);
+    for (int64_t row = 0; row < output.rows && !found; row += at_once) {
+      const ops::Buffer part = output.row_range(row, std::min(at_once, output.rows - row));
+      bytes.resize(static_cast<size_t>(part.bytes()));
+      engine_->read(bytes.data(), part);
+      if (const int64_t at = first_not_finite(bytes, part.dtype); at >= 0) found = NotFinite{unit, row + at / part.columns};
+    }
+  };
+  step::evaluate(*engine_, *model_, program.options, states_, look);
+  engine_->finish();
+  return found;
 }
 
 double Session::finish_evaluation() {

@@ -32,6 +32,8 @@ class Session {
   void finish_gradients();
   // Updates the weights, or lets the next step do so under its forward.
   void update(double learning_rate, int64_t step);
+  // Gives up the update: its gradient is not finite, so that it would change nothing.
+  void drop_update() { update_pending_ = false; }
   // Makes the update that is still to be made: before weights are read.
   void flush();
 
@@ -43,6 +45,13 @@ class Session {
 
   double loss() { return engine_->scalar(states_.loss_total); }
   double squared_norm() { return engine_->scalar(states_.norm_total); }
+  // Where forward of one micro-batch alone is not finite first: the unit that puts it out (after the last: the loss of a token), and the token
+  // within this rank's shard. Collective, but each rank sees its own tokens only.
+  struct NotFinite {
+    size_t unit = 0;
+    int64_t token = 0;
+  };
+  std::optional<NotFinite> look_at_forward(data::Batch batch, double scale);
   // The unit whose gradient is not finite and that backward reached first, over all ranks; empty if there is none.
   std::string where_not_finite();
 
@@ -76,6 +85,7 @@ class Session {
   const Program& program_for(int64_t S, Phase phase);
   void load(const Program& program, data::Batch batch, double scale);
   const Program& update_program();
+  void compare_ranks();
   void agree();
   void load_weights();
   void empty_states();

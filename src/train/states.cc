@@ -120,7 +120,7 @@ void Saver::save(const recipe::Checkpoint& c, const Progress& progress, const Js
   Save& save = *save_;
   save.checkpoint = &c;
   save.folder = save_folder(c, progress.steps);
-  save.facts = {{"step", progress.steps}, {"consumed", progress.consumed}, {"world", s_.mesh().W}, {"plan", s_.plan().hash}, {"recipe", s_.recipe().normalized}, {"model", checkpoint::identity(s_.spec(), s_.units())}};
+  save.facts = {{"step", progress.steps}, {"consumed", progress.consumed}, {"skipped", progress.skipped}, {"world", s_.mesh().W}, {"plan", s_.plan().hash}, {"recipe", s_.recipe().normalized}, {"model", checkpoint::identity(s_.spec(), s_.units())}};
   save.facts.update(facts);
   save.parts = parts_of(s_);
   try {
@@ -200,6 +200,14 @@ void Saver::failed(const std::string& folder, const std::string& why) {
 
 // --- going on
 
+std::vector<std::string> changes_between(const Json& before, const Json& now) {
+  std::vector<std::array<std::string, 3>> found;
+  differences(before, now, "", found);
+  std::vector<std::string> words;
+  for (const auto& [key, a, b] : found) words.push_back(fmt::format("{}: {} -> {}", key, a, b));
+  return words;
+}
+
 std::vector<std::string> changes_since(const Json& saved, const Json& now, bool restart_data, const std::string& folder) {
   std::vector<std::array<std::string, 3>> found;
   differences(saved, now, "", found);
@@ -243,7 +251,7 @@ std::optional<Resumed> resume(Session& s, const recipe::Checkpoint& c, bool rest
     for (const std::string& why : all.exchange(damaged))
       if (first.empty()) first = why;
     if (first.empty()) {
-      Progress progress{.steps = manifest.at("step"), .consumed = restart_data ? 0 : manifest.at("consumed").get<int64_t>()};
+      Progress progress{.steps = manifest.at("step"), .consumed = restart_data ? 0 : manifest.at("consumed").get<int64_t>(), .skipped = manifest.value("skipped", int64_t{0})};
       return Resumed{progress, std::move(manifest), folder};
     }
     if (s.first()) say("DAMAGED: {}: not used", first);

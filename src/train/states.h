@@ -12,8 +12,9 @@ namespace uly::train {
 
 // How far a run is: what comes next follows from it and the recipe.
 struct Progress {
-  int64_t steps = 0;     // updates made
+  int64_t steps = 0;     // made, those that were not applied included
   int64_t consumed = 0;  // samples, over all ranks
+  int64_t skipped = 0;   // of the steps: not applied, as their gradients were not finite
 };
 
 // A save copies this rank's part of the states to host memory, which the step waits for, and a thread writes them. Where there is no
@@ -54,6 +55,9 @@ struct Resumed {
   std::string folder;
 };
 std::optional<Resumed> resume(Session& session, const recipe::Checkpoint& c, bool restart_data);
+
+// "epochs: 2 -> 3", for each key in which two recipes differ.
+std::vector<std::string> changes_between(const Json& before, const Json& now);
 
 // What the two recipes differ in, as "key: before -> after". Of keys on which model or data order depend, unless `restart_data`: throws UserError.
 std::vector<std::string> changes_since(const Json& saved, const Json& now, bool restart_data, const std::string& folder);

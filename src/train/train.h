@@ -25,6 +25,7 @@ struct Job {
   std::string disk_faults;    // for tests: memory::faults_from
   bool rehearse = false;      // one step without data, weights and arithmetic: train/rehearse.h
   bool json = false;          // what a rehearsal says is for programs
+  double elapsed_seconds = 0; // since the job was started for the first time: counts for exit_after
   bool restart_data = false;  // go on from a state with the data from its beginning
   std::string profile;        // if not empty: where rank 0 writes a Chrome trace of the third step, or of the last before
 };

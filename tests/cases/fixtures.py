@@ -182,9 +182,11 @@ def ranks_in(folder):
     found = {}
     for place in processes_in(folder, "ulysses-engine"):
         try:
-            found[int(re.search(rb"\0RANK=(\d+)\0", b"\0" + (place / "environ").read_bytes())[1])] = int(place.name)
+            rank = re.search(rb"\0RANK=(\d+)\0", b"\0" + (place / "environ").read_bytes())
         except OSError:
             continue
+        if rank:  # none in the moment in which it is about to become an engine
+            found[int(rank[1])] = int(place.name)
     return found
 
 

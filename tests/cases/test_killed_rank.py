@@ -45,6 +45,38 @@ def test_the_others_end_within_30_seconds_and_say_who_was_killed(training, rank)
     assert fixtures.ranks_in(folder) == {}
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_hung_rank_is_found_within_30_seconds_and_named_once(training, rank):
+    """All others wait for it in a collective; none is left."""
+    process, folder = training
+    pids = fixtures.ranks_in(folder)
+    time.sleep(3)  # all know each other
+    os.kill(pids[rank], signal.SIGSTOP)
+    began = time.monotonic()
+    line = ""
+    while "no sign of life" not in line:
+        line = process.stderr.readline()
+        assert line, "it ended without naming the rank"
+    assert time.monotonic() - began < 30
+    assert f"rank {rank} (pid {pids[rank]} on {os.uname().nodename}): no sign of life for 20 s: stopped or hung" in line
+    assert "no sign of life" not in process.communicate(timeout=30)[1]
+    assert process.returncode == 75 and fixtures.ranks_in(folder) == {}
+
+
+def test_a_rank_that_was_stopped_for_a_moment_goes_on(training):
+    process, folder = training
+    for pid in fixtures.ranks_in(folder).values():  # one after the other, then all at once for longer than a rank may be silent
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(2)
+        os.kill(pid, signal.SIGCONT)
+    for sent, wait in ((signal.SIGSTOP, 25), (signal.SIGCONT, 5)):
+        for pid in fixtures.ranks_in(folder).values():
+            os.kill(pid, sent)
+        before = (folder / "metrics.jsonl").stat().st_size
+        time.sleep(wait)
+    assert process.poll() is None and (folder / "metrics.jsonl").stat().st_size > before
+
+
 def test_a_stopped_rank_that_is_killed_later_is_named_all_the_same(training):
     process, folder = training
     pids = fixtures.ranks_in(folder)

@@ -144,6 +144,20 @@ def test_a_machine_that_cannot_be_reached_any_more_is_named(job):
         job.hosts[1].link(True)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_hung_rank_ends_all_and_is_named_once_with_its_machine(job, rank):
+    process = job.start("sequence_parallel_size=4", "epochs=100000", ULYSSES_SILENCE="6")
+    job.wait_for_a_step(process)
+    pids = job.ranks()
+    time.sleep(3)
+    os.kill(pids[rank], signal.SIGSTOP)
+    _, said = process.communicate(timeout=60)
+    lines = [line for line in said.splitlines() if "no sign of life" in line]
+    assert process.returncode == 75 and len(lines) == 1, said[-2000:]
+    assert f"rank {rank} (pid {pids[rank]} on {job.hosts[rank // 2].address}): no sign of life for 6 s" in lines[0]
+    job.nothing_is_left()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all(job, sent):
     process = job.start("sequence_parallel_size=4", "epochs=100000")

@@ -41,6 +41,22 @@ def test_torchrun(folder):
     assert losses(folder) == losses(folder / "expected")
 
 
+@pytest.mark.parametrize("other, words", [("epochs=3", "rank 1: its recipe is not rank 0's: epochs: 1 -> 3 there: all ranks need the same"), (None, "rank 1: another build of ulysses (")])
+def test_ranks_that_differ_are_named_before_anything_is_loaded(folder, tmp_path, other, words):
+    """As ranks that somebody starts by hand: one with another recipe, or another build."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29733"}
+    more = {}
+    if other is None:
+        engine = tmp_path / "engine"
+        engine.write_bytes((ULYSSES.parent / "ulysses-engine").read_bytes() + b"x")
+        engine.chmod(0o755)
+        more = {"ULYSSES_ENGINE": str(engine)}
+    ranks = [subprocess.Popen([str(ULYSSES), "run.yml", "--device", "cpu", *([other] if rank and other else [])], cwd=folder, env=fixtures.environment(RANK=str(rank), LOCAL_RANK=str(rank), **place, **(more if rank else {})),
+                              stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2] and words in said[0], said
+
+
 def test_mpirun(folder):
     if shutil.which("mpirun") is None:
         pytest.skip("no mpirun here: Debian's package openmpi-bin")

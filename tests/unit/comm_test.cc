@@ -4,10 +4,13 @@
 #include <chrono>
 #include <cstring>
 #include <functional>
+#include <mutex>
 #include <numeric>
 #include <thread>
 
 #include "base/check.h"
+#include "comm/gloo.h"
+#include "comm/heartbeat.h"
 #include "comm/world.h"
 
 namespace uly::comm {
@@ -209,6 +212,29 @@ TEST(CommFailureTest, ASilentRankIsNamedAfterTheTimeout) {
   } catch (const DeviceError& e) {
     EXPECT_NE(std::string(e.what()).find("rank 0: barrier in group 'world' of 2 ranks failed at rank 1: "), std::string::npos) << e.what();
   }
+}
+
+// Two ranks that do nothing but live. One leaves: the other misses it, and did not before.
+TEST(HeartbeatTest, WhoGivesNoSignOfLifeIsNamedAndWhoMerelyWaitsIsNot) {
+  const std::shared_ptr<Store> store = make_thread_store();
+  const auto beats = [](int64_t rank) { return Beats{.rank = rank, .size = 2, .prefix = "", .who = fmt::format("pid 1{} on here", rank), .place = "", .served_by_first = true, .silence = std::chrono::seconds(3)}; };
+  std::mutex mutex;
+  std::string said;
+  const auto lost = [&](const std::string& words) {
+    const std::lock_guard lock(mutex);
+    said = words;
+  };
+  const auto heard = [&] {
+    const std::lock_guard lock(mutex);
+    return said;
+  };
+  const Heartbeat first(beats(0), [&] { return store; }, lost);
+  auto second = std::make_unique<Heartbeat>(beats(1), [&] { return store; }, lost);
+  std::this_thread::sleep_for(milliseconds(9000));
+  EXPECT_EQ(heard(), "");
+  second.reset();
+  for (int i = 0; i < 300 && heard().empty(); ++i) std::this_thread::sleep_for(milliseconds(100));
+  EXPECT_EQ(heard(), "rank 1 (pid 11 on here): no sign of life for 3 s: stopped or hung, or its machine or the link to it is down");
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Hostfiles, what is taken of them, and places that other launchers give.
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <filesystem>
@@ -10,6 +11,7 @@
 #include "launch/environment.h"
 #include "launch/exports.h"
 #include "launch/hostfile.h"
+#include "launch/nccl.h"
 
 namespace uly::launch {
 namespace {
@@ -158,6 +160,28 @@ TEST_F(Environment, IsExportedWithItsFiles) {
   std::ofstream(folder / "env") << "\nsecret word\n";
   EXPECT_EQ(sentence([] { exported_variables(); }), (folder / "env").string() + ":2: expected KEY=VALUE, a blank line or a comment");
   std::filesystem::remove_all(folder);
+}
+
+TEST(NcclTest, AFabricWithoutItsPluginIsSaid) {
+  namespace fs = std::filesystem;
+  const fs::path folder = fs::path(testing::TempDir()) / fmt::format("infiniband-{}", ::getpid());
+  fs::remove_all(folder);
+  EXPECT_EQ(missing_plugin(folder.string()), "");
+  for (const auto& [device, driver] : {std::pair("mlx5_0", "mlx5_core"), std::pair("rdmap16s27", "efa")}) {
+    fs::create_directories(folder / device / "device");
+    fs::create_symlink(fs::path("/sys/bus/pci/drivers") / driver, folder / device / "device" / "driver");
+    const bool efa = std::string(driver) == "efa";
+    EXPECT_EQ(missing_plugin(folder.string()).starts_with("rdmap16s27 is an EFA device, and NCCL finds no plugin for it (libnccl-net.so): "), efa);
+  }
+  ::setenv("NCCL_NET_PLUGIN", "libc.so.6", 1);  // any library that there is
+  EXPECT_EQ(missing_plugin(folder.string()), "");
+  ::unsetenv("NCCL_NET_PLUGIN");
+  fs::remove_all(folder);
+}
+
+TEST(NcclTest, LittleSharedMemoryIsSaid) {
+  EXPECT_EQ(little_shared_memory("/nowhere"), "");
+  EXPECT_EQ(little_shared_memory("/proc"), "/proc has room for 0 B only; GPUs that exchange through it may need more (of a container: --shm-size)");
 }
 
 }  // namespace

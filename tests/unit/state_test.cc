@@ -153,6 +153,19 @@ TEST_F(State, OfAnotherModelIsRefused) {
   }
 }
 
+TEST_F(State, AManifestThatNobodyWroteIsDamaged) {
+  const fs::path state = folder_ / "global_step_1";
+  fs::create_directories(state);
+  for (const std::string& text : {std::string("{"), std::string("[]"), "{\"a\":" + std::string(300000, '[') + std::string(300000, ']') + "}"}) {
+    std::ofstream(state / "manifest.json") << text;
+    EXPECT_THROW(StateReader(state.string()), DamagedState);
+  }
+  const std::string named = (folder_ / "global_step_2").string();
+  make_folder(incomplete_name(named));
+  publish_state(incomplete_name(named), named, {{"model", "none"}}, {});
+  EXPECT_THROW(StateReader(named).check_model({{"architecture", "A"}, {"units", Json::array()}}), DamagedState);
+}
+
 TEST_F(State, AFullDiskLeavesNoFile) {
   try {
     StateWriter("/dev", 0, {{"u", 0, int64_t{1} << 46}});

@@ -119,6 +119,38 @@ def test_killed_it_goes_on_from_the_last_save_and_tells_no_step_twice(job, undis
     assert not list((job.folder / "states").glob("*.incomplete"))
 
 
+def test_started_again_it_goes_on_by_itself(job, undisturbed):
+    """Killed before the first save and after one."""
+    process = job.start("--max_restarts", 2)
+    killed = set()
+    for steps in (1, 5):
+        job.wait_for(process, lambda: len(job.metrics()) >= steps and len(job.ranks()) == 2 and not killed & set(job.ranks().values()), "no step")
+        pid = job.ranks()[1]
+        os.kill(pid, signal.SIGKILL)
+        killed.add(pid)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    lines = [line for line in said.splitlines() if line.startswith(("restart ", "going on from")) or "was killed by signal 9" in line]
+    assert [line.split(" (pid")[0] for line in lines if "going on" not in line] == [
+        "rank 1", "restart 1 of 2, in 1 s, from the newest state that is whole", "rank 1", "restart 2 of 2, in 2 s, from the newest state that is whole"]
+    assert "going on from states/global_step_" in lines[-1]
+    same(job, undisturbed)
+
+
+def test_it_is_not_started_again_more_often_or_after_what_a_start_cannot_mend(job):
+    for more, code, ends in (((), 75, lambda process: os.kill(job.ranks()[0], signal.SIGKILL)), (FOREVER, 85, lambda process: process.send_signal(signal.SIGTERM)),
+                             ((*FOREVER, "checkpoint.1.output_dir=other", "checkpoint.1.auto_resume=false"), 2, None)):
+        (job.folder / "metrics.jsonl").unlink(missing_ok=True)
+        process = job.start("--max_restarts", 1 if code != 75 else 0, *more)
+        if ends:
+            job.wait_for(process, lambda: len(job.metrics()) >= 1 and len(job.ranks()) == 2, "no step")
+            ends(process)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code and "restart " not in said, said
+    assert said.splitlines()[-1].startswith("--max_restarts (run.yml:12): expected a state to go on from: checkpoint: [{type: deepspeed")
+    assert "expected no --restart-data" in job.run("--max_restarts", 1, "--restart-data", code=2)
+
+
 @pytest.mark.parametrize("sent,whom", [(signal.SIGTERM, "launcher"), (signal.SIGINT, "launcher"), (signal.SIGUSR1, 0), (signal.SIGTERM, 1)])
 def test_asked_to_stop_it_saves_and_ends_with_85(job, undisturbed, sent, whom):
     process = job.start()
@@ -130,6 +162,49 @@ def test_asked_to_stop_it_saves_and_ends_with_85(job, undisturbed, sent, whom):
     assert process.returncode == 85, said
     steps = len(job.metrics())
     assert f"signal {int(sent)}: stopping after step {steps}" in said and steps in job.states()
+    job.run()
+    same(job, undisturbed)
+
+
+def test_asked_to_stop_while_data_are_prepared_it_ends_with_85_too(job):
+    (job.folder / "python").write_text("#!/bin/sh\nexec sleep 60\n")
+    (job.folder / "python").chmod(0o755)
+    process = job.start(ULYSSES_PYTHON=str(job.folder / "python"))
+    job.wait_for(process, lambda: fixtures.processes_in(job.folder, "sleep"), "nothing is prepared")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 85 and said.splitlines()[-1] == "stopped before the first step; start again"
+    began = time.monotonic()
+    while fixtures.processes_in(job.folder, ""):
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+
+
+def test_asked_to_stop_while_it_evaluates_it_goes_on_from_there(job, tmp_path_factory):
+    evaluates = ("eval_interval=1", "data.train_eval_split=[0.6, 0.4]")
+    whole = Run(tmp_path_factory.mktemp("evaluates"))
+    whole.run(*evaluates)
+    steps = [m["iter"] for m in whole.metrics()]
+    assert [m["iter"] for m in whole.metrics() if "eval_loss" in m] == sorted(set(steps))
+    process = job.start(*evaluates)
+    job.wait_for(process, lambda: len(job.metrics()) >= 3, "no step")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (0, 85), said
+    job.run(*evaluates)
+    key = lambda m: (m["iter"], m.get("loss"), m.get("eval_loss"))    # noqa: E731
+    assert [key(m) for m in job.metrics()] == [key(m) for m in whole.metrics()]
+
+
+def test_asked_to_stop_while_it_loads_it_ends_with_85_too(job, undisturbed):
+    """Each rank at whatever it is doing: its libraries are being loaded, it looks for the others, it reads weights."""
+    for wait in (0, 0.1, 0.3, 0.6):
+        process = job.start()
+        job.wait_for(process, lambda: len(job.ranks()) == 2, "no ranks")
+        time.sleep(wait)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode in (0, 85), said
     job.run()
     same(job, undisturbed)
 
