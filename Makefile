@@ -22,7 +22,7 @@ demo: build
 
 test: build
 	ctest --test-dir build --output-on-failure -j $(JOBS)
-	$(VENV)/bin/python -m pytest tests -q
+	$(VENV)/bin/python -m pytest tests -q -n 2 --dist worksteal
 
 # What reads files from outside, each for FUZZ_SECONDS; needs clang with libFuzzer.
 FUZZ_SECONDS ?= 600

@@ -22,6 +22,7 @@ struct Kept {
   Tier rebuilt_tier = Tier::kDevice;
   int64_t again = 0;    // layers, the first, whose attention is computed again
   int64_t levels = 0;   // up to L: q, k, v in so many layers, the last; up to 2 L gate and up besides; up to 3 L all else
+  int64_t apart = 1;    // of the layers that are away, gate and up of only every so many are: their way out has as many layers' time
 
   auto operator<=>(const Kept&) const = default;
 };
@@ -37,6 +38,7 @@ struct StatesPlace {
 
 constexpr int64_t kWhatever = int64_t{1} << 60;  // bytes
 constexpr double kNever = std::numeric_limits<double>::infinity();
+constexpr double kWaits = 1.002;  // compute that so much more passes than it works waits for copies
 constexpr double kFaster = 0.9995, kFasterElsewhere = 0.998;  // what comes later in the search has to be so much faster; where the first states leave the device
 
 class Search {
@@ -252,19 +254,28 @@ class Search {
 
   // Puts what the first `away` layers keep on the host as far as there is room, the first of them on the disk. Returns the bytes
   // there; nothing where there is no room.
-  std::optional<Bytes> send_away(std::vector<step::LayerKeep>& layers, int64_t away, Bytes room) const {
+  std::optional<Bytes> send_away(std::vector<step::LayerKeep>& layers, int64_t away, int64_t apart, Bytes room) const {
     Bytes sent{};
     for (int64_t l = away; l-- > 0;) {
       step::LayerKeep& k = layers[static_cast<size_t>(l)];
       if (k.level == Keep::kEverything) k.level = Keep::kGateUp;
-      const int64_t bytes = bytes_of_layer(k, true);
+      const int64_t bytes = bytes_away(k, l, apart);
       const Tier tier = bytes <= room[1] ? Tier::kHost : Tier::kDisk;
       const size_t t = static_cast<size_t>(tier);
       room[t] -= bytes, sent[t] += bytes;
       if (room[t] < 0) return {};
-      k.input_tier = k.output_tier = k.projections_tier = k.gate_up_tier = tier;
+      k.input_tier = k.output_tier = k.projections_tier = tier;
+      if (!gate_up_stays(k, l, apart)) k.gate_up_tier = tier;
     }
     return sent;
+  }
+
+  static bool gate_up_stays(const step::LayerKeep& k, int64_t l, int64_t apart) { return k.level >= Keep::kGateUp && l % apart != 0; }
+
+  // Of a layer that is away, what is.
+  int64_t bytes_away(step::LayerKeep k, int64_t l, int64_t apart) const {
+    if (gate_up_stays(k, l, apart)) k.level = Keep::kProjections;
+    return bytes_of_layer(k, true);
   }
 
   // --- what needs no program of its own
@@ -275,7 +286,8 @@ class Search {
     int64_t work_bytes = 0, passing_bytes = 0;
     double compute_seconds = 0;
   };
-  Known known(const Kept& kept) {
+  Known known(Kept kept) {
+    kept.apart = 1;
     // Layers are alike: between the corners compute is on a line, and bytes are no less than at the first.
     if (kept.levels % L_ != 0 || kept.again % L_ != 0) {
       Kept low = kept, high = kept;
@@ -290,7 +302,7 @@ class Search {
     const StatesPlace states{"", {}, 0};
     // Where nothing is away, what compute repeats is the same.
     std::vector<step::LayerKeep> here = layers(kept), away = here;
-    const Bytes sent = *send_away(away, L_, {0, INT64_MAX / 2, 0});
+    const Bytes sent = *send_away(away, L_, 1, {0, INT64_MAX / 2, 0});
     const Candidate c = price(program(states, kept, away));
     const double compute = kept.levels > 2 * L_ ? price(program(states, kept, here)).compute_seconds : c.compute_seconds;
     return known_[kept] = {c.bytes[0] - resident_bytes_, std::max<int64_t>(0, c.bytes[1] - sent[1]), compute};
@@ -313,7 +325,7 @@ class Search {
     for (int64_t l = 0; l < L_; ++l) {
       const int64_t bytes = bytes_of_layer(all[static_cast<size_t>(l)], true);
       most = std::max(most, bytes);
-      if (l >= away) here += bytes;
+      here += l >= away ? bytes : bytes - bytes_away(all[static_cast<size_t>(l)], l, kept.apart);
     }
     const int64_t loss = here + 3 * base_.s * model_.spec.D * bytes_of(base_.dtype);
     return states.bytes[0] + std::max(loss, known(kept).work_bytes + std::max<int64_t>(0, here - (kept.lean ? 1 : 2) * most));
@@ -342,7 +354,7 @@ class Search {
     for (int attempt = 0; attempt < 3; ++attempt) {
       const Bytes room = room_for_layers(states, kept, passing);
       std::vector<step::LayerKeep> all = layers(kept);
-      const std::optional<Bytes> sent = room[1] < 0 || room[2] < 0 ? std::nullopt : send_away(all, away, room);
+      const std::optional<Bytes> sent = room[1] < 0 || room[2] < 0 ? std::nullopt : send_away(all, away, kept.apart, room);
       if (!sent) return {};
       Candidate c = price(program(states, kept, std::move(all)));
       c.words = states.words;
@@ -359,7 +371,7 @@ class Search {
     if (!has(Tier::kHost) && !has(Tier::kDisk)) return 0;
     return largest(L_, [&](int64_t n) {
       std::vector<step::LayerKeep> all = layers(kept);
-      return send_away(all, n, room).has_value();
+      return send_away(all, n, kept.apart, room).has_value();
     });
   }
 
@@ -384,7 +396,10 @@ class Search {
   std::optional<Candidate> arrange(const StatesPlace& states, const Kept& kept, Bytes& passing) {
     if (!may_fit(states, kept)) return {};
     const std::vector<step::LayerKeep> all = layers(kept);
-    const auto bytes = [&](int64_t l) { return bytes_of_layer(all[static_cast<size_t>(l)], false); };
+    const auto bytes = [&](int64_t l) {
+      const step::LayerKeep& k = all[static_cast<size_t>(l)];
+      return gate_up_stays(k, l, kept.apart) ? bytes_away(k, l, kept.apart) : bytes_of_layer(k, false);
+    };
     std::optional<Candidate> found;
     int64_t few = -1, enough = most_away(states, kept, passing) + 1;  // layers away: too few for the device; enough, or too many for the others
     while (limits_[0] < INT64_MAX && few + 1 < enough && least_on_device(states, kept, few + 1) > limits_[0]) ++few;
@@ -516,6 +531,10 @@ class Search {
     const auto consider = [&](int64_t levels) {
       if (levels < least || levels > top || !seen.insert(levels).second || bound(states, {.levels = levels}) >= std::min(bar, best ? best->seconds : kNever)) return false;
       std::optional<Candidate> c = arrange(states, {.levels = levels}, passing);
+      if (c && q_.cuda && levels > L_ && c->seconds > kWaits * bound(states, {.levels = levels})) {
+        std::optional<Candidate> apart = arrange(states, {.levels = levels, .apart = 2}, passing);
+        if (apart && apart->seconds < c->seconds) c = std::move(apart);
+      }
       if (!c || (best && c->seconds >= best->seconds)) return false;
       best = std::move(c);
       return true;

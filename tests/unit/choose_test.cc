@@ -7,6 +7,7 @@
 #include <set>
 
 #include "base/check.h"
+#include "plan/choose.h"
 #include "plan/longest.h"
 #include "plan/plan.h"
 #include "plan/reasons.h"
@@ -150,6 +151,29 @@ TEST(SearchTest, IsAsGoodAsAThoroughOne) {
       if (c.fits) least = std::min(least, c.seconds);
     EXPECT_LE(thorough.seconds, 1.002 * least);
   }
+}
+
+// What a layer with gate and up keeps takes longer to leave than the next layer computes: gate and up of every other one leave, and
+// nothing is computed twice or waited for.
+TEST(SearchTest, GateAndUpLeaveFromEveryOtherLayerWhereAllOfThemWouldBeWaitedFor) {
+  const Machine machine = node(1, 139, 120, 0);
+  const recipe::Recipe r = recipe_for(1, 65536);
+  Plan plan = sized(r, llama_8b(), machine, 1, 65536);
+  plan.options.optimizer = false;
+  const step::Model model(llama_8b());
+  choose_kept(model, plan, question(plan, r, machine));
+  int64_t left = 0, stayed = 0;
+  for (const step::LayerKeep& k : plan.options.keep) {
+    EXPECT_GE(k.level, step::Keep::kGateUp);
+    if (k.input_tier == Tier::kHost) ++(k.gate_up_tier == Tier::kHost ? left : stayed);
+  }
+  EXPECT_GT(left, 8);
+  EXPECT_GE(stayed, left - 1);
+  const auto seconds = [&](const step::Options& o) { return price_with_places(model, o, question(plan, r, machine).rates).seconds; };
+  step::Options all = plan.options;
+  for (step::LayerKeep& k : all.keep)
+    if (k.input_tier == Tier::kHost) k.gate_up_tier = Tier::kHost;
+  EXPECT_GT(seconds(all), 1.02 * seconds(plan.options));
 }
 
 TEST(SearchTest, RanksThatArePricedAsOneCostTheSame) {
