@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <limits>
@@ -23,6 +24,8 @@ namespace {
 
 constexpr int64_t kSizeBytes = 8;
 constexpr int64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
+constexpr int64_t kBlock = 4096;                  // what a write past the page cache consists of
+constexpr int64_t kWaiting = int64_t{4} << 20;
 constexpr int kMaxDepth = 3;                      // header, tensor, list of numbers
 
 // Sorted, unlike Json: a hostile header of a million names is read in no time too.
@@ -206,6 +209,9 @@ SafetensorsWriter::SafetensorsWriter(std::string path, const std::vector<Declare
   // Claims the room now where a file system can, so that a full disk is known before the work. The size grows with what
   // is written all the same: a file that a crash leaves behind is seen to be truncated.
   if (::fallocate(fd_, FALLOC_FL_KEEP_SIZE, 0, total_bytes_) != 0 && (errno == ENOSPC || errno == EDQUOT)) fail(errno);
+  waiting_.reset(static_cast<char*>(std::aligned_alloc(kBlock, kWaiting)));
+  ULY_CHECK(waiting_ != nullptr, "memory for what waits to be written");
+  set_direct(true);
   append(text.data(), static_cast<int64_t>(text.size()));
 }
 
@@ -216,18 +222,38 @@ void SafetensorsWriter::append(const void* data, int64_t bytes) {
   ULY_CHECK(bytes >= 0 && bytes <= remaining_bytes_, "more bytes than were declared for " + path_);
   const char* next = static_cast<const char*>(data);
   while (bytes > 0) {
-    const ssize_t written = ::write(fd_, next, static_cast<size_t>(bytes));
-    if (written < 0 && errno == EINTR) continue;
-    if (written < 0) fail(errno);
-    next += written;
-    bytes -= written;
-    remaining_bytes_ -= written;
+    const int64_t n = std::min(bytes, kWaiting - waiting_bytes_);
+    std::memcpy(waiting_.get() + waiting_bytes_, next, static_cast<size_t>(n));
+    waiting_bytes_ += n, remaining_bytes_ -= n, next += n, bytes -= n;
+    if (waiting_bytes_ == kWaiting) flush(kWaiting);
   }
 }
+
+void SafetensorsWriter::flush(int64_t bytes) {
+  for (int64_t done = 0; done < bytes;) {
+    // Blocks only go past the page cache: not the end of the file, nor what a write has left of a block.
+    if (direct_ && ((bytes - done) % kBlock != 0 || done % kBlock != 0)) set_direct(false);
+    const ssize_t written = ::write(fd_, waiting_.get() + done, static_cast<size_t>(bytes - done));
+    if (written >= 0) done += written;
+    else if (errno == EINVAL && direct_) set_direct(false);  // a file system that wants larger blocks
+    else if (errno != EINTR) fail(errno);
+  }
+  waiting_bytes_ -= bytes;
+  std::memmove(waiting_.get(), waiting_.get() + bytes, static_cast<size_t>(waiting_bytes_));
+}
+
+void SafetensorsWriter::set_direct(bool direct) {
+  const int flags = ::fcntl(fd_, F_GETFL);
+  direct_ = ::fcntl(fd_, F_SETFL, direct ? flags | O_DIRECT : flags & ~O_DIRECT) == 0 && direct;
+}
+
+void SafetensorsWriter::Free::operator()(char* block) const { std::free(block); }
 
 void SafetensorsWriter::finish() {
   ULY_CHECK(fd_ >= 0, "finish of a file that is closed");
   ULY_CHECK_EQ(remaining_bytes_, 0, "bytes declared and not written");
+  flush(waiting_bytes_ / kBlock * kBlock);
+  flush(waiting_bytes_);
   if (::fsync(fd_) != 0 && errno != EINVAL) fail(errno);
   const int fd = std::exchange(fd_, -1);
   if (::close(fd) != 0 && errno != EINTR) {

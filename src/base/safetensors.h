@@ -76,12 +76,20 @@ class SafetensorsWriter {
   void finish();
 
  private:
+  void flush(int64_t bytes);          // writes the first of what waits
+  void set_direct(bool direct);
   [[noreturn]] void fail(int error);  // removes the partial file and throws
   void discard();                     // closes and removes a file that is not finished
 
   std::string path_;
   int fd_ = -1;
   int64_t total_bytes_ = 0, remaining_bytes_ = 0;
+  struct Free {
+    void operator()(char* block) const;
+  };
+  std::unique_ptr<char, Free> waiting_;  // what is not written yet, and how much of it there is
+  int64_t waiting_bytes_ = 0;
+  bool direct_ = false;                  // past the page cache, which costs more of a core than the copy to what waits
 };
 
 }  // namespace uly

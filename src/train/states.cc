@@ -12,6 +12,7 @@
 #include "base/units.h"
 #include "checkpoint/hub_files.h"
 #include "checkpoint/state.h"
+#include "memory/host_arena.h"
 #include "train/save.h"
 
 namespace uly::train {
@@ -78,14 +79,15 @@ struct Saver::Save {
   std::string folder;
   Json facts;
   std::vector<checkpoint::StatePart> parts;
-  std::unique_ptr<float[]> copy;  // empty: states are read as they are written
+  const float* copy = nullptr;    // null: states are read as they are written
   std::thread thread;
   std::atomic<bool> done = false;
   Json file;                      // what the writer returned
-  std::string error;              // why there is none
+  std::string error;              // why there is none, or no name
+  bool publishing = false;        // all ranks have written; the first gives it its name
 };
 
-Saver::Saver(Session& session) : s_(session) {}
+Saver::Saver(Session& session) : s_(session), copy_(std::make_unique<memory::HostArena>()) {}
 
 Saver::~Saver() {
   if (save_ && save_->thread.joinable()) save_->thread.join();
@@ -95,8 +97,7 @@ void Saver::write(Save& save) const {
   try {
     checkpoint::StateWriter writer(checkpoint::incomplete_name(save.folder), s_.mesh().rank, save.parts);
     if (save.copy) {
-      writer.append(save.copy.get(), elements_of(save.parts));
-      save.copy.reset();
+      writer.append(save.copy, elements_of(save.parts));
     } else {
       std::vector<float> values;
       for_pieces(save.parts, [&](size_t unit, Moment moment, int64_t at, int64_t count) {
@@ -107,7 +108,6 @@ void Saver::write(Save& save) const {
     }
     save.file = writer.finish();
   } catch (const std::exception& e) {
-    save.copy.reset();
     save.error = e.what();
   }
   save.done = true;
@@ -132,14 +132,22 @@ void Saver::save(const recipe::Checkpoint& c, const Progress& progress, const Js
   } catch (const UserError& e) {
     return failed(save.folder, e.what());
   }
-  const int64_t elements = elements_of(save.parts), bytes = elements * static_cast<int64_t>(sizeof(float));
-  const int64_t room = host_memory().obtainable_bytes / std::max<int64_t>(1, s_.machine().local_ranks) - kLeave;
-  if (s_.world().all().max(bytes > room ? 1 : 0) > 0) {
-    write(save);
-    return conclude();
+  const int64_t ranks = std::max<int64_t>(1, s_.machine().local_ranks), bytes = elements_of(save.parts) * static_cast<int64_t>(sizeof(float));
+  const int64_t room = host_memory().obtainable_bytes / ranks - kLeave;
+  const int cores = static_cast<int>(std::max<int64_t>(1, s_.machine().cores / ranks));
+  bool has_room = bytes <= copy_->bytes() || bytes <= room;
+  try {
+    if (has_room && copy_->bytes() < bytes) *copy_ = memory::HostArena(bytes, cores);
+  } catch (const UserError&) {
+    has_room = false;
   }
-  save.copy = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(elements));
-  float* next = save.copy.get();
+  if (s_.world().all().max(has_room ? 0 : 1) > 0) {
+    *copy_ = {};
+    write(save);
+    return finish();
+  }
+  float* next = reinterpret_cast<float*>(copy_->base());
+  save.copy = next;
   for_pieces(save.parts, [&](size_t unit, Moment moment, int64_t at, int64_t count) {
     s_.read_state(unit, moment, at, count, next);
     next += count;
@@ -148,17 +156,21 @@ void Saver::save(const recipe::Checkpoint& c, const Progress& progress, const Js
 }
 
 void Saver::poll() {
-  if (save_ && s_.world().all().max(save_->done ? 0 : 1) == 0) conclude();
+  if (save_ && s_.world().all().max(save_->done ? 0 : 1) == 0) go_on();
 }
 
 void Saver::finish() {
-  if (save_) conclude();
+  while (save_) go_on();
 }
 
-// All ranks have written, or tried to.
-void Saver::conclude() {
+void Saver::go_on() {
+  if (save_->thread.joinable()) save_->thread.join();
+  save_->publishing ? conclude() : publish();
+}
+
+// All ranks have written, or tried to. The first gives the state its name: in a thread too, for disks take their time.
+void Saver::publish() {
   Save& save = *save_;
-  if (save.thread.joinable()) save.thread.join();
   const std::vector<std::string> all = s_.world().all().exchange(Json{{"file", save.file}, {"error", save.error}}.dump());
   std::vector<Json> files;
   std::string error;
@@ -167,9 +179,12 @@ void Saver::conclude() {
     if (error.empty()) error = rank.at("error");
     files.push_back(rank.at("file"));
   }
-  try {
-    if (!error.empty()) throw UserError(error);
-    on_first(s_.world(), [&] {
+  if (!error.empty()) return failed(save.folder, error);
+  save.publishing = true;
+  if (!s_.first()) return;
+  save.done = false;
+  save.thread = std::thread([this, &save, files = std::move(files)] {
+    try {
       for (size_t rank = 0; rank < files.size(); ++rank) {
         std::error_code ignored;
         const fs::path path = fs::path(checkpoint::incomplete_name(save.folder)) / files[rank].at("file").get<std::string>();
@@ -177,11 +192,17 @@ void Saver::conclude() {
       }
       checkpoint::publish_state(checkpoint::incomplete_name(save.folder), save.folder, save.facts, files);
       checkpoint::prune_states(save.checkpoint->output_dir, save.checkpoint->save_total_limit);
-    });
-    if (s_.first()) say("saved {}", save.folder);
-  } catch (const UserError& e) {
-    return failed(save.folder, e.what());
-  }
+    } catch (const std::exception& e) {
+      save.error = e.what();
+    }
+    save.done = true;
+  });
+}
+
+void Saver::conclude() {
+  const std::string error = s_.world().all().exchange(save_->error)[0];
+  if (!error.empty()) return failed(save_->folder, error);
+  if (s_.first()) say("saved {}", save_->folder);
   save_.reset();
 }
 

@@ -8,6 +8,10 @@
 #include "base/json.h"
 #include "train/session.h"
 
+namespace uly::memory {
+class HostArena;
+}
+
 namespace uly::train {
 
 // How far a run is: what comes next follows from it and the recipe.
@@ -17,7 +21,8 @@ struct Progress {
   int64_t skipped = 0;   // of the steps: not applied, as their gradients were not finite
 };
 
-// A save copies this rank's part of the states to host memory, which the step waits for, and a thread writes them. Where there is no
+// A save copies this rank's part of the states to host memory, which the step waits for; threads write them and give
+// them their name. Where there is no
 // room for a copy it writes at once, and the step waits for that. A save that fails is told and counted; the run goes on, and what was
 // saved before stands. All calls but failures() are collective.
 class Saver {
@@ -39,11 +44,14 @@ class Saver {
  private:
   struct Save;
   void write(Save& save) const;
+  void go_on();
+  void publish();
   void conclude();
   void failed(const std::string& folder, const std::string& why);
 
   Session& s_;
   std::unique_ptr<Save> save_;
+  std::unique_ptr<memory::HostArena> copy_;  // stays from save to save: memory that is new costs more than the copy
   int64_t failures_ = 0;
 };
 
