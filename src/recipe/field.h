@@ -61,7 +61,7 @@ struct Field {
   std::vector<Choice> choices = {};  // if a value is not among them, `decision` holds; kWorks then means: an error
   std::string doc;
   Set set = {};
-  std::vector<Section> section = {};  // of kSection and kSections: one
+  std::vector<Section> section;  // of kSection and kSections: one
 };
 
 inline constexpr const char* kRequired = "";
