@@ -21,13 +21,14 @@ namespace {
 
 namespace fs = std::filesystem;
 
-void write_model(const fs::path& folder, const Shape& s) {
+void write_model(const fs::path& folder, const Shape& s, const std::string& more) {
   fs::create_directories(folder);
   const std::map<std::string, std::string> classes = {{"llama", "LlamaForCausalLM"}, {"qwen2", "Qwen2ForCausalLM"}, {"qwen3", "Qwen3ForCausalLM"}, {"mistral", "MistralForCausalLM"}};
   Json config = {{"architectures", {classes.at(s.family)}}, {"model_type", s.family}, {"hidden_size", s.D}, {"intermediate_size", s.F}, {"num_attention_heads", s.N}, {"num_key_value_heads", s.K},
                  {"head_dim", s.H}, {"vocab_size", s.V}, {"num_hidden_layers", s.L}, {"tie_word_embeddings", s.tied}, {"max_position_embeddings", 512}, {"rms_norm_eps", 1e-5},
                  {"rope_theta", 10000.0}, {"hidden_act", "silu"}, {"initializer_range", 0.1}};
   if (s.family == "mistral") config["sliding_window"] = nullptr;
+  config.update(Json::parse(more));
   std::ofstream(folder / "config.json") << config.dump();
 }
 
@@ -71,7 +72,7 @@ Result train(const Training& run) {
   static int count = 0;
   const fs::path folder = fs::temp_directory_path() / fmt::format("ulysses_parity_{}_{}", getpid(), count++);
   fs::create_directories(folder);
-  write_model(folder / "model", run.shape);
+  write_model(folder / "model", run.shape, run.config);
   write_tokens(folder / "tokens.safetensors", run);
   write_recipe(folder / "run.yml", folder, run);
   train::Job job{.recipe_path = folder / "run.yml", .overrides = run.overrides, .model_folder = folder / "model", .tokenizer_folder = "", .tokens_path = folder / "tokens.safetensors", .dump_folder = folder / "dump"};

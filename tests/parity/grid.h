@@ -26,6 +26,7 @@ struct Training {
   std::vector<int64_t> trained_documents;  // all tokens of these alone are trained; none: a pattern
   bool evaluates = false; // on the same documents, after every step
   std::string dtype = "fp32", wire = "fp32";  // of the model; of gradients between ranks
+  std::string config = "{}";  // more of the model's config.json
 };
 
 struct Result {

@@ -110,6 +110,23 @@ TEST(PackedTest, PaddingTeachesNothing) {
   }
 }
 
+// Also where it is the id that fills up: 0.
+TEST(PackedTest, TheValueOfThePadIdChangesNothing) {
+  Training run;
+  run.lengths = {9, 14, 5}, run.shape.V = 64, run.steps = 1, run.distinct = true, run.trained_documents = {0, 1, 2};
+  run.overrides = {"data.pack_samples=true", "data.pad_to=max_length"};
+  for (const int64_t P : {1, 2}) {
+    run.W = run.P = P, run.config = "{}";
+    const Result none = train(run);
+    for (const int64_t id : {0, 40, 63}) {
+      run.config = fmt::format("{{\"pad_token_id\": {}}}", id);
+      const Result with = train(run);
+      EXPECT_EQ(none.losses, with.losses) << id << " P " << P;
+      EXPECT_EQ(none.gradients, with.gradients) << id << " P " << P;
+    }
+  }
+}
+
 TEST(PackedTest, CutPacksAndTextsTrainAlikeOnAnyMesh) {
   for (const std::vector<std::string>& overrides : {std::vector<std::string>{"data.pack_samples=true", "data.always_max_length=true", "data.overlong=split", "data.max_length=60"}, std::vector<std::string>{"type=causal", "data.max_length=60"},
                                                     std::vector<std::string>{"data.overlong=truncate_left", "data.max_length=20"}}) {
