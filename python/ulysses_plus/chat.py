@@ -38,18 +38,19 @@ class ChatTokenizer:
             token.content: token for token in added.values() if token.special or token.content.startswith(("<|", "<\uff5c"))
         }
         self.x_plain = None          # made when the first message spells out a control token
-        self.x_skeletons = {}        # roles and shapes of a conversation's messages -> Skeleton or None
+        self.x_skeletons = {}        # roles and shapes of a conversation's messages, tools -> Skeleton or None
 
-    def encode(self, turns, at):
+    def encode(self, turns, at, tools=None):
         """Returns (ids, flags, assistant): a list and a bytearray of equal length, and whether anybody answered.
 
         turns   [(role, text), ...]
+        tools   what the template is told of functions that can be called: a list of JSON-like dicts
         flags   1 where the token is a target: with mask_inputs what the template marks as generated or, without marks,
                 the assistant's text and the one token after it; else all; never the first token
         at      names the sample in errors
         Raises UserError when the template refuses the conversation or an answer is not found in what it rendered.
         """
-        text, marks = self._render(turns, at)
+        text, marks = self._render(turns, at, tools)
         if not text.isascii():
             try:
                 text.encode()
@@ -61,7 +62,9 @@ class ChatTokenizer:
             raise UserError(f"{at}: expected the chat template to mark the assistant's text (generation), found no mark: correct the template or remove the sample")
         contents = [content for _, content in turns]
         spelled = any(name in content for content in contents for name in self.x_control)
-        spans = message_spans(text, contents, self._skeleton(turns)) if spelled or (self.mask_inputs and not by_marks) else []
+        if tools and any(name in json.dumps(tools, ensure_ascii=False) for name in self.x_control):
+            raise UserError(f"{at}: tools: a description spells out a special token, which the model would take for one: remove it")
+        spans = message_spans(text, contents, self._skeleton(turns, tools)) if spelled or (self.mask_inputs and not by_marks) else []
         answers = marks if by_marks else self._answers(turns, spans, at) if self.mask_inputs else []
         ids, offsets = self._tokenise(text, contents, spans if spelled else None, at)
         if not self.mask_inputs:
@@ -82,14 +85,14 @@ class ChatTokenizer:
                 )
         return [span for (role, _), span in zip(turns, spans) if role == "assistant"]
 
-    def _render(self, turns, at):
+    def _render(self, turns, at, tools):
         """Returns (text, the parts of it that the template marks as the assistant's): character offsets."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
             texts, marks = render_jinja_template(
-                [messages], chat_template=self.x_template, return_assistant_tokens_mask=self.x_has_marks, **self.tokenizer.special_tokens_map
+                [messages], tools=tools, chat_template=self.x_template, return_assistant_tokens_mask=self.x_has_marks, **self.tokenizer.special_tokens_map
             )
             return texts[0], [tuple(mark) for mark in marks[0]] if self.x_has_marks else []
         except Exception as error:
@@ -99,17 +102,18 @@ class ChatTokenizer:
                 "correct the sample or use another template"
             ) from error
 
-    def _skeleton(self, turns):
+    def _skeleton(self, turns, tools):
         shape = tuple((role, shape_of(content) if role == "assistant" else PLAIN) for role, content in turns)
-        if shape not in self.x_skeletons:
+        key = shape, json.dumps(tools)
+        if key not in self.x_skeletons:
             if len(self.x_skeletons) > 4096:
                 self.x_skeletons.clear()
             try:
-                text, _ = self._render([(role, placeholder(i, kind)) for i, (role, kind) in enumerate(shape)], "")
-                self.x_skeletons[shape] = skeleton_of(text, [kind for _, kind in shape])
+                text, _ = self._render([(role, placeholder(i, kind)) for i, (role, kind) in enumerate(shape)], "", tools)
+                self.x_skeletons[key] = skeleton_of(text, [kind for _, kind in shape])
             except UserError:
-                self.x_skeletons[shape] = None
-        return self.x_skeletons[shape]
+                self.x_skeletons[key] = None
+        return self.x_skeletons[key]
 
     def _without_empty_think(self, text, span):
         start, end = span

@@ -1,5 +1,7 @@
 """Reads one row of a data set as a conversation: a list of (role, text) in its true order."""
 
+import json
+
 from ulysses_plus.errors import UserError
 
 DEFAULT_ROLES = {"user": "user", "assistant": "assistant"}
@@ -53,6 +55,28 @@ def make_reader(mapping, columns, name, where):
         roles = DEFAULT_ROLES
     steps = _steps(roles, columns, name, where)
     return lambda row, sample: _from_mapping(row, steps, content_key, f"{where}: {name}, sample {sample}")
+
+
+def tools_of(row, at):
+    """The functions that a row's column `tools` describes: a list of dicts or the JSON text of one; None without."""
+    value = row.get("tools")
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{at}: expected JSON in the column tools, found {error}: correct the sample") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise UserError(f"{at}: expected a list of descriptions in the column tools, found {type(value).__name__}: correct the sample")
+    return _without_nulls(value)
+
+
+def _without_nulls(value):
+    """Columns of a table give every description the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _steps(roles, columns, name, where):

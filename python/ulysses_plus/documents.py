@@ -1,7 +1,7 @@
 """Turns opened sources into documents of token ids and flags: chats (sft) or plain texts (causal)."""
 
 from ulysses_plus.chat import ChatTokenizer
-from ulysses_plus.conversation import make_reader
+from ulysses_plus.conversation import make_reader, tools_of
 from ulysses_plus.errors import UserError
 from ulysses_plus.sources import columns, place
 
@@ -53,8 +53,8 @@ class _ChatEncoder:
     def __call__(self, which, i):
         source = self.sources[which]
         sample = source.row_number(i)
-        turns = self.readers[which](source[i], sample)
-        ids, flags, answered = self.chat.encode(turns, f"{source.where}: {source.name}, sample {sample}")
+        row, at = source[i], f"{source.where}: {source.name}, sample {sample}"
+        ids, flags, answered = self.chat.encode(self.readers[which](row, sample), at, tools_of(row, at))
         return ids, flags, answered or not self.mask_inputs
 
 

@@ -5,6 +5,7 @@ spelled out in a message between ‹ and ›. It is compared token by token, wit
 and one for every control token, so that ids and flags follow from the golden text alone.
 """
 
+import json
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 
 from ulysses_plus.chat import ChatTokenizer  # noqa: E402
+from ulysses_plus.conversation import tools_of  # noqa: E402
 from ulysses_plus.errors import UserError  # noqa: E402
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -75,9 +77,9 @@ def golden(text):
     return tokens
 
 
-def found(tokenizer, template, turns, **options):
+def found(tokenizer, template, turns, tools=None, **options):
     tokenizer.chat_template = template
-    ids, flags, _ = ChatTokenizer(tokenizer, "tiny", **options).encode(turns, "chats.jsonl, sample 7")
+    ids, flags, _ = ChatTokenizer(tokenizer, "tiny", **options).encode(turns, "chats.jsonl, sample 7", tools)
     names = tokenizer.convert_ids_to_tokens(list(ids))
     return [(name if name in CONTROL else _BYTES[name], bool(flag)) for name, flag in zip(names, flags)]
 
@@ -206,6 +208,27 @@ def test_masks_of_thinking_are_those_made_by_hand(tokenizer, name):
 ], ids=["chatml", "chatml, marked", "qwen3"])
 def test_an_empty_thinking_is_not_trained_on_request(tokenizer, template, want):
     assert found(tokenizer, template, [(U, "a?"), (A, "<think>\n\n</think>\n\nyes")], ignore_empty_think=True) == golden(want)
+
+
+def test_tools_are_shown_to_the_template(tokenizer):
+    """A row's tools, as a list or as the JSON text of one; what a table has filled up with null is no key of theirs."""
+    template = "{% for t in tools or [] %}<|im_start|>{{ t | tojson }}<|im_end|>{% endfor %}" + CHATML
+    turns, tools = [(U, "name"), (A, "name")], [{"name": "f", "parameters": {"x": None, "y": 1}}]
+    want = golden('<|im_start|>{"name": "f", "parameters": {"y": 1}}<|im_end|><|im_start|>user\nname<|im_end|>\n<|im_start|>assistant\n⟦name<|im_end|>⟧\n')
+    for given in (tools, json.dumps(tools)):
+        assert found(tokenizer, template, turns, tools=tools_of({"tools": given}, "sample 7")) == want
+    for none in ({}, {"tools": None}, {"tools": []}, {"tools": "[]"}, {"tools": ""}):
+        assert found(tokenizer, template, turns, tools=tools_of(none, "sample 7")) == golden(CASES["one turn"][1].replace("Which word?", "name").replace("falcon", "name"))
+    assert len(found(tokenizer, CHATML, turns, tools=tools)) == len(found(tokenizer, CHATML, turns))
+
+
+@pytest.mark.parametrize("tools,error", [
+    ("[{", "expected JSON in the column tools"), ({"name": "f"}, "expected a list of descriptions in the column tools, found dict"), (["f"], "expected a list of descriptions"),
+    ([{"name": "<|im_end|>"}], "a description spells out a special token"),
+])
+def test_tools_that_are_none_are_said_with_the_sample(tokenizer, tools, error):
+    with pytest.raises(UserError, match=f"sample 7.*{error}"):
+        found(tokenizer, CHATML, [(U, "a"), (A, "b")], tools=tools_of({"tools": tools}, "chats.jsonl, sample 7"))
 
 
 def test_what_a_template_marks_is_trained_and_nothing_else(tokenizer):

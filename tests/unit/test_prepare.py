@@ -586,7 +586,7 @@ def test_a_process_that_dies_is_said_and_what_is_prepared_is_kept(tmp_path, toke
 
     path = write_lines(tmp_path / "chats.jsonl", [chat("a", "yes")] * 5000 + [chat("die", "now")])
     real = chat_module.ChatTokenizer.encode
-    monkeypatch.setattr(chat_module.ChatTokenizer, "encode", lambda self, turns, at: os._exit(9) if turns[0][1] == "die" else real(self, turns, at))
+    monkeypatch.setattr(chat_module.ChatTokenizer, "encode", lambda self, turns, at, tools=None: os._exit(9) if turns[0][1] == "die" else real(self, turns, at))
     with pytest.raises(UserError, match="a process that tokenizes was ended from outside"):
         prepare(request(tmp_path, tokenizer_folder, path, num_proc=2))
     assert parts_in(tmp_path / "cache")
