@@ -73,7 +73,7 @@ def main():
     cost = saving / others - 1
     print(f"a state of {state / 2**20:.0f} MiB in {BETWEEN} steps of {others / BETWEEN:.2f} s: {saving:.2f} s instead of {others:.2f} s, {100 * cost:+.2f} %; the first steps after it: "
           + " ".join(f"{t:.2f}" for t in at[:4]))
-    row = dict(system="ulysses-plus", ranks=arguments.ranks, length=arguments.length, state_mib=round(state / 2**20, 1), seconds_a_step=round(others / BETWEEN, 4), seconds_with_a_save=round(saving, 3),
+    row = dict(run=datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S"), system="ulysses", ranks=arguments.ranks, length=arguments.length, state_mib=round(state / 2**20, 1), seconds_a_step=round(others / BETWEEN, 4), seconds_with_a_save=round(saving, 3),
                seconds_without=round(others, 3), cost_percent=round(100 * cost, 2), cycles=arguments.cycles, command="bench/saves.py " + " ".join(sys.argv[1:]),
                machine=f"{os.cpu_count()} cores, {platform.machine()}", date=datetime.date.today().isoformat())
     with open(ROOT / "bench" / "results" / "saves.jsonl", "a") as file:
