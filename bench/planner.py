@@ -30,9 +30,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 RING_BYTES = 64 * MIB
 SIZES = {
-    "small": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=16000),
-    "deep": dict(hidden_size=192, intermediate_size=512, num_hidden_layers=12, num_attention_heads=6, num_key_value_heads=2, vocab_size=8000),
-    "wide": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, vocab_size=12000),
+    "small": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4, vocab_size=24000),
+    "deep": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=4, vocab_size=16000),
+    "wide": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=8, vocab_size=16000),
 }
 SPLIT = "memory.master_weights=split"
 # Size, length, ranks, tier (and how much of what a resident run takes the device has), keys. The second of each pair is held out.

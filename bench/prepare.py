@@ -133,6 +133,7 @@ def main():
             command = [sys.executable, __file__, "--library", str(scratch / "tokenizer"), str(scratch / "all.jsonl")]
             return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}).stdout)
 
+        stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
         rows, rates = [], [alone()]
         for name, count in (("tenth", arguments.chats // 10), ("all", arguments.chats)):
             data = {"sources": [str(scratch / f"{name}.jsonl")], "cache_dir": str(scratch / "cache"), "num_proc": cores}
@@ -140,7 +141,7 @@ def main():
             rates.append(alone())
             tokens, (rate, cpu_rate) = answer["num_tokens"], (max(column) for column in zip(*rates))
             rows.append({
-                "run": "prepare", "chats": count, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds), "cores": cores,
+                "run": stamp, "system": "ulysses", "chats": count, "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds), "cores": cores,
                 "library_tokens_per_second_of_a_core": round(rate), "of_all_cores": round(tokens / seconds / (cores * rate), 3),
                 "cpu_seconds": round(cpu, 1), "of_the_library_by_cpu_time": round(tokens / cpu / cpu_rate, 3), "peak_mib": round(own), "peak_mib_of_a_process": round(largest),
                 "load_average": round(os.getloadavg()[0], 1), "command": f"bench/prepare.py --chats {arguments.chats}", "machine": f"{cores} cores, {platform.machine()}",

@@ -62,9 +62,10 @@ class ChatTokenizer:
             raise UserError(f"{at}: expected the chat template to mark the assistant's text (generation), found no mark: correct the template or remove the sample")
         contents = [content for _, content in turns]
         spelled = any(name in content for content in contents for name in self.x_control)
-        if tools and any(name in json.dumps(tools, ensure_ascii=False) for name in self.x_control):
+        described = json.dumps(tools, ensure_ascii=False) if tools else ""
+        if any(name in described for name in self.x_control):
             raise UserError(f"{at}: tools: a description spells out a special token, which the model would take for one: remove it")
-        spans = message_spans(text, contents, self._skeleton(turns, tools)) if spelled or (self.mask_inputs and not by_marks) else []
+        spans = message_spans(text, contents, self._skeleton(turns, tools, described)) if spelled or (self.mask_inputs and not by_marks) else []
         answers = marks if by_marks else self._answers(turns, spans, at) if self.mask_inputs else []
         ids, offsets = self._tokenise(text, contents, spans if spelled else None, at)
         if not self.mask_inputs:
@@ -102,9 +103,9 @@ class ChatTokenizer:
                 "correct the sample or use another template"
             ) from error
 
-    def _skeleton(self, turns, tools):
+    def _skeleton(self, turns, tools, described):
         shape = tuple((role, shape_of(content) if role == "assistant" else PLAIN) for role, content in turns)
-        key = shape, json.dumps(tools)
+        key = shape, described
         if key not in self.x_skeletons:
             if len(self.x_skeletons) > 4096:
                 self.x_skeletons.clear()

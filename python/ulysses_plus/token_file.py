@@ -93,32 +93,31 @@ def join(paths, path, num_samples, num_tokens, vocabulary, sources, provenance):
         whole.write(_little(array.array("q", [0])))
         before = 0
         for each in paths:
-            with open(each, "rb") as part:
-                starts = array.array("q", _section(part, "starts", whole=True))
+            starts = array.array("q", b"".join(_blocks(each, "starts")))
             if sys.byteorder == "big":
                 starts.byteswap()
             whole.write(_little(array.array("q", [before + start for start in starts[1:]])))
             before += starts[-1]
         for name in ("rows", "ids", "trained"):
             for each in paths:
-                with open(each, "rb") as part:
-                    left = _section(part, name)
-                    while left > 0:
-                        block = part.read(min(left, 1 << 20))
-                        if not block:
-                            raise OSError(f"{each} has become shorter")
-                        whole.write(block)
-                        left -= len(block)
+                for block in _blocks(each, name):
+                    whole.write(block)
         whole.flush()
         os.fsync(whole.fileno())
 
 
-def _section(file, name, whole=False):
-    """Moves `file` to where a tensor begins and returns its size in bytes, or with `whole` its bytes."""
-    (size,) = struct.unpack("<Q", file.read(8))
-    first, last = json.loads(file.read(size))[name]["data_offsets"]
-    file.seek(8 + size + first)
-    return file.read(last - first) if whole else last - first
+def _blocks(path, name):
+    """Yields the bytes of a tensor of a token file, a MiB at a time."""
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        first, last = json.loads(file.read(size))[name]["data_offsets"]
+        file.seek(8 + size + first)
+        while first < last:
+            block = file.read(min(last - first, 1 << 20))
+            if not block:
+                raise OSError(f"{path} has become shorter")
+            yield block
+            first += len(block)
 
 
 def is_whole(path):
@@ -126,15 +125,12 @@ def is_whole(path):
     found = read_summary(path)
     if found is None:
         return False
-    with open(path, "rb") as file:
-        for name, wanted in zip(("starts", "rows", "ids", "trained"), found[0].get("checksums", [])):
-            file.seek(0)
-            left, checksum = _section(file, name), 0
-            while left > 0:
-                block = file.read(min(left, 1 << 20))
-                checksum, left = zlib.crc32(block, checksum), left - len(block)
-            if checksum != wanted:
-                return False
+    for name, wanted in zip(("starts", "rows", "ids", "trained"), found[0].get("checksums", [])):
+        checksum = 0
+        for block in _blocks(path, name):
+            checksum = zlib.crc32(block, checksum)
+        if checksum != wanted:
+            return False
     return "checksums" in found[0]
 
 

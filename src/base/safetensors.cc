@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t kSizeBytes = 8;
 constexpr int64_t kMaxHeaderBytes = 100'000'000;  // the format's own limit
 constexpr int64_t kBlock = 4096;                  // what a write past the page cache consists of
-constexpr int64_t kWaiting = int64_t{4} << 20;
+constexpr int64_t kWaiting = int64_t{4} << 20;    // is gathered before it is written
 constexpr int kMaxDepth = 3;                      // header, tensor, list of numbers
 
 // Sorted, unlike Json: a hostile header of a million names is read in no time too.
@@ -225,21 +225,21 @@ void SafetensorsWriter::append(const void* data, int64_t bytes) {
     const int64_t n = std::min(bytes, kWaiting - waiting_bytes_);
     std::memcpy(waiting_.get() + waiting_bytes_, next, static_cast<size_t>(n));
     waiting_bytes_ += n, remaining_bytes_ -= n, next += n, bytes -= n;
-    if (waiting_bytes_ == kWaiting) flush(kWaiting);
+    if (waiting_bytes_ == kWaiting) flush();
   }
 }
 
-void SafetensorsWriter::flush(int64_t bytes) {
-  for (int64_t done = 0; done < bytes;) {
+void SafetensorsWriter::flush() {
+  for (int64_t done = 0; done < waiting_bytes_;) {
     // Blocks only go past the page cache: not the end of the file, nor what a write has left of a block.
-    if (direct_ && ((bytes - done) % kBlock != 0 || done % kBlock != 0)) set_direct(false);
-    const ssize_t written = ::write(fd_, waiting_.get() + done, static_cast<size_t>(bytes - done));
+    const int64_t left = waiting_bytes_ - done, blocks = left / kBlock * kBlock;
+    if (direct_ && (blocks == 0 || done % kBlock != 0)) set_direct(false);
+    const ssize_t written = ::write(fd_, waiting_.get() + done, static_cast<size_t>(direct_ ? blocks : left));
     if (written >= 0) done += written;
     else if (errno == EINVAL && direct_) set_direct(false);  // a file system that wants larger blocks
     else if (errno != EINTR) fail(errno);
   }
-  waiting_bytes_ -= bytes;
-  std::memmove(waiting_.get(), waiting_.get() + bytes, static_cast<size_t>(waiting_bytes_));
+  waiting_bytes_ = 0;
 }
 
 void SafetensorsWriter::set_direct(bool direct) {
@@ -252,8 +252,7 @@ void SafetensorsWriter::Free::operator()(char* block) const { std::free(block); 
 void SafetensorsWriter::finish() {
   ULY_CHECK(fd_ >= 0, "finish of a file that is closed");
   ULY_CHECK_EQ(remaining_bytes_, 0, "bytes declared and not written");
-  flush(waiting_bytes_ / kBlock * kBlock);
-  flush(waiting_bytes_);
+  flush();
   if (::fsync(fd_) != 0 && errno != EINVAL) fail(errno);
   const int fd = std::exchange(fd_, -1);
   if (::close(fd) != 0 && errno != EINTR) {

@@ -76,7 +76,7 @@ class SafetensorsWriter {
   void finish();
 
  private:
-  void flush(int64_t bytes);          // writes the first of what waits
+  void flush();                       // writes what waits
   void set_direct(bool direct);
   [[noreturn]] void fail(int error);  // removes the partial file and throws
   void discard();                     // closes and removes a file that is not finished

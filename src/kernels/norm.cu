@@ -100,9 +100,9 @@ struct GradRow {
 };
 
 // Rows blockIdx.x, + gridDim.x, ...; the next row is on its way while this one is summed and written. A thread's columns
-// of w and its sums of dw stay in registers. For rows of at most 512 V vectors.
-template <typename T, int W, int V>
-__global__ void __launch_bounds__(512) rms_norm_grad_rows_kernel(const __grid_constant__ RmsNormGradArgs a) {
+// of w and its sums of dw stay in registers. For rows of at most kThreads V vectors; kBlocks of them share a multiprocessor.
+template <typename T, int W, int V, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks) rms_norm_grad_rows_kernel(const __grid_constant__ RmsNormGradArgs a) {
   __shared__ float shared[2][16];
   const int n = static_cast<int>(a.x.columns), step = static_cast<int>(blockDim.x) * W, first = static_cast<int>(threadIdx.x) * W;
   float w[V][W] = {}, sums[V][W] = {};
@@ -220,8 +220,11 @@ void rms_norm_grad(const RmsNormGradArgs& a, Stream stream) {
     using T = decltype(t);
     constexpr int W = kVector<T>, V = 2;
     const bool vectors = vectors_fit<W>(n, {a.dx, a.dy, a.x, as_vector(a.w)});
-    if (vectors && n <= 512 * V * W)
-      rms_norm_grad_rows_kernel<T, W, V><<<grid, threads_for((n / W + V - 1) / V), 0, stream>>>(a);
+    const unsigned threads = threads_for((n / W + V - 1) / V);
+    if (vectors && threads > 256 && threads <= 320)
+      rms_norm_grad_rows_kernel<T, W, V, 320, 2><<<grid, threads, 0, stream>>>(a);
+    else if (vectors && n <= 512 * V * W)
+      rms_norm_grad_rows_kernel<T, W, V, 512, 1><<<grid, threads, 0, stream>>>(a);
     else if (vectors)
       rms_norm_grad_kernel<T, W><<<grid, 512, bytes, stream>>>(a, in_shared);
     else

@@ -13,7 +13,7 @@
 namespace uly::plan {
 namespace {
 
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 
 struct Field {
   const char* name;
@@ -21,6 +21,7 @@ struct Field {
 };
 constexpr std::array kFields = {
     Field{"gemm_flops", &Rates::gemm_flops},       Field{"attention_forward_flops", &Rates::attention_forward_flops}, Field{"attention_backward_flops", &Rates::attention_backward_flops},
+    Field{"attention_half_tokens", &Rates::attention_half_tokens},
     Field{"device_bytes", &Rates::device_bytes},   Field{"to_host_bytes", &Rates::to_host_bytes},                     Field{"to_device_bytes", &Rates::to_device_bytes},
     Field{"disk_bytes", &Rates::disk_bytes},       Field{"host_update_bytes", &Rates::host_update_bytes},             Field{"sequence_bytes", &Rates::sequence_bytes},
     Field{"node_bytes", &Rates::node_bytes},       Field{"gather_bytes", &Rates::gather_bytes},                     Field{"scatter_bytes", &Rates::scatter_bytes},

@@ -246,16 +246,20 @@ ops::Event Priced::move(Buffer y, Buffer x) {
   return aside(Stream::kToDevice, over(bytes, rates_.to_device_bytes));
 }
 
+void Priced::attend(double flops, double rate, int64_t rows, const ops::AttentionSchedule& schedule) {
+  price_.attention_flops += flops;
+  const double length = schedule.document_share * static_cast<double>(rows);  // of a document, weighted by what it computes
+  compute(over(flops, rate) * (1 + std::min(1.0, over(rates_.attention_half_tokens, length))));
+}
+
 void Priced::attention(Buffer o_SnH, Buffer, Buffer, Buffer, const ops::Heads&, const ops::AttentionSchedule& schedule) {
   const double flops = schedule.document_share * 2.0 * static_cast<double>(o_SnH.rows) * static_cast<double>(o_SnH.rows) * static_cast<double>(o_SnH.columns);
-  price_.attention_flops += flops;
-  compute(over(flops, rates_.attention_forward_flops));
+  attend(flops, rates_.attention_forward_flops, o_SnH.rows, schedule);
 }
 
 void Priced::attention_grad(Buffer, Buffer do_SnH, Buffer, Buffer, Buffer, Buffer, const ops::Heads&, const ops::AttentionSchedule& schedule) {
   const double flops = schedule.document_share * 5.0 * static_cast<double>(do_SnH.rows) * static_cast<double>(do_SnH.rows) * static_cast<double>(do_SnH.columns);
-  price_.attention_flops += flops;
-  compute(over(flops, rates_.attention_backward_flops));
+  attend(flops, rates_.attention_backward_flops, do_SnH.rows, schedule);
 }
 
 double Priced::sent_bytes_total(const std::vector<int64_t>& elements, Dtype dtype) const {

@@ -119,6 +119,8 @@ class Priced final : public ops::Ops {
   void moved(std::initializer_list<ops::Buffer> buffers);
   // Takes the compute stream for so long.
   void compute(double seconds);
+  // Of attention over `rows` tokens; rate: of long documents.
+  void attend(double flops, double rate, int64_t rows, const ops::AttentionSchedule& schedule);
   void note(Stream stream, double begin, double end);
   // Takes another one, from when compute has come here and that stream is free.
   ops::Event aside(Stream stream, double seconds);

@@ -14,13 +14,13 @@ constexpr double kTera = 1e12, kGiga = 1e9;
 // part that NCCL is known to reach.
 struct Preset {
   const char* name;  // part of what the driver calls the GPU
-  double gemm, attention_forward, attention_backward;  // TFLOP/s
+  double gemm, attention_forward, attention_backward;  // TFLOP/s, of long documents
   double memory, link;                                 // GB/s; the link one way, while the other way is busy too
   double nvlink, network;                              // GB/s of a GPU, sent while as much comes: to others in its node, to other nodes
 };
 constexpr std::array kPresets = {
-    Preset{"B200", 1580, 1200, 1000, 6500, 50, 700, 45}, Preset{"H200", 705, 560, 505, 4000, 46, 350, 45}, Preset{"H100", 690, 550, 495, 2700, 46, 350, 45},
-    Preset{"GH200", 690, 550, 495, 3300, 300, 350, 45},  Preset{"A100", 265, 195, 175, 1500, 22, 200, 22},
+    Preset{"B200", 1580, 1300, 1090, 6500, 50, 700, 45}, Preset{"H200", 705, 605, 548, 4000, 46, 350, 45}, Preset{"H100", 690, 594, 537, 2700, 46, 350, 45},
+    Preset{"GH200", 690, 594, 537, 3300, 300, 350, 45},  Preset{"A100", 265, 210, 190, 1500, 22, 200, 22},
 };
 constexpr double kGloo = 2 * kGiga;  // bytes/s through host memory
 constexpr double kDisk = 1.4 * kGiga, kHostUpdatePerCore = 5.2 * kGiga;  // bytes/s; the latter of 16, memory being shared with copies
@@ -58,6 +58,7 @@ Rates preset_rates(const std::string& gpu, int64_t host_cores, const Links& link
   if (!found) found = &kPresets[2];
   r.gemm_flops = found->gemm * kTera;
   r.attention_forward_flops = found->attention_forward * kTera, r.attention_backward_flops = found->attention_backward * kTera;
+  r.attention_half_tokens = kGpuAttentionHalfTokens;
   r.device_bytes = found->memory * kGiga;
   r.to_host_bytes = r.to_device_bytes = found->link * kGiga;
   r.disk_bytes = kDisk;

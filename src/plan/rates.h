@@ -10,7 +10,8 @@ namespace uly::plan {
 struct Rates {
   bool known = true;                     // false: those of a GPU that is taken for this one
   double gemm_flops = 0;                 // of large products
-  double attention_forward_flops = 0, attention_backward_flops = 0;  // the causal half
+  double attention_forward_flops = 0, attention_backward_flops = 0;  // the causal half, of long documents
+  double attention_half_tokens = 0;      // a document of so many tokens gets half of both
   double device_bytes = 0;               // read and written by element-wise kernels
   double to_host_bytes = 0, to_device_bytes = 0;
   double disk_bytes = 0;                 // read or written
@@ -19,6 +20,9 @@ struct Rates {
   double node_bytes = 0;                 // received by a rank of weights that ranks near it have
   double gather_bytes = 0, scatter_bytes = 0;  // received by a rank of others' weights, sent to others of its gradients
 };
+
+// attention_half_tokens of a GPU: Hopper's, from rows of 16K to 1M tokens (bench/results).
+inline constexpr double kGpuAttentionHalfTokens = 4096;
 
 // How ranks are spread and what they exchange by.
 struct Links {

@@ -26,6 +26,14 @@ std::vector<Choice> source_types() {
 }
 
 Section source_section(const char* title, SourceList list, const char* split) {
+  Field weight{.name = "weight", .kind = kNumber, .initial = "1.0", .min = 0, .max = 1000};
+  if (list == &Data::sources) {
+    weight.doc = "How often each of its samples is seen in an epoch: 2, twice; 0.5, a half of them, drawn by `data.seed`; 1.5, all once and a half of them twice; 0, none. Of what `sample_ratio` or `sample_count` left, and of the training side of `train_eval_split`. Changing it prepares nothing again.";
+    weight.set = into_newest_source(list, &Source::weight);
+  } else {
+    weight.doc = "Kept so that a source can be moved here.";
+    weight.decision = kNoEffect, weight.why = "every sample is evaluated once";
+  }
   return {
       .title = title,
       .doc = "One data set: a mapping, or its name alone.",
@@ -42,15 +50,7 @@ Section source_section(const char* title, SourceList list, const char* split) {
               {.name = "role_mapping", .kind = kFree, .doc = "Where each role's text stands: a column, or `list.field.value`. None is needed for well-known data sets and for `messages`, `conversations`, `prompt` with `completion`, and `instruction` with `output` (Alpaca). A column `tools` is shown to the chat template."},
               {.name = "content_key", .doc = "The field that holds a turn's text; by default the first of content, text, message, value."},
               {.name = "column", .doc = "Column of plain text; by default `text`, or the only one."},
-              list == &Data::sources
-                  ? Field{.name = "weight",
-                          .kind = kNumber,
-                          .initial = "1.0",
-                          .min = 0,
-                          .max = 1000,
-                          .doc = "How often each of its samples is seen in an epoch: 2, twice; 0.5, a half of them, drawn by `data.seed`; 1.5, all once and a half of them twice; 0, none. Of what `sample_ratio` or `sample_count` left, and of the training side of `train_eval_split`. Changing it prepares nothing again.",
-                          .set = into_newest_source(list, &Source::weight)}
-                  : Field{.name = "weight", .kind = kNumber, .initial = "1.0", .min = 0, .max = 1000, .decision = kNoEffect, .why = "every sample is evaluated once", .doc = "Kept so that a source can be moved here."},
+              weight,
               {.name = "sample_ratio", .kind = kNumber, .min = 0, .max = 1, .doc = "Draw this share of it; excludes `sample_count`."},
               {.name = "sample_count", .kind = kInt, .min = 1, .doc = "Draw this many; all, if there are fewer."},
               {.name = "sample_seed", .kind = kInt, .initial = "42", .doc = "Seed of the draw."},

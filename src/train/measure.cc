@@ -44,10 +44,11 @@ double seconds_since(Clock::time_point t) { return std::chrono::duration<double>
 struct Sizes {
   int64_t tokens, columns, wide;          // of products
   int64_t attention_tokens, heads, kv_heads, head;
+  double attention_half_tokens;           // see plan::Rates
   int64_t elements;                       // of an update, or a copy
 };
-constexpr Sizes kCpu = {.tokens = 2048, .columns = 1024, .wide = 2048, .attention_tokens = 2048, .heads = 8, .kv_heads = 4, .head = 64, .elements = int64_t{1} << 24};
-constexpr Sizes kGpu = {.tokens = 16384, .columns = 4096, .wide = 14336, .attention_tokens = 32768, .heads = 32, .kv_heads = 8, .head = 128, .elements = int64_t{1} << 28};
+constexpr Sizes kCpu = {.tokens = 2048, .columns = 1024, .wide = 2048, .attention_tokens = 2048, .heads = 8, .kv_heads = 4, .head = 64, .attention_half_tokens = 0, .elements = int64_t{1} << 24};
+constexpr Sizes kGpu = {.tokens = 16384, .columns = 4096, .wide = 14336, .attention_tokens = 32768, .heads = 32, .kv_heads = 8, .head = 128, .attention_half_tokens = plan::kGpuAttentionHalfTokens, .elements = int64_t{1} << 28};
 
 // A program that prepares its buffers, then calls `begun`, then does the same `rounds` times.
 using Begun = std::function<void()>;
@@ -61,6 +62,7 @@ class Meter {
   double rate(double Rates::*which, int64_t tokens, const Program& program) {
     Rates unit;
     unit.*which = 1;
+    unit.attention_half_tokens = sizes_.attention_half_tokens;
     const auto amount = [&](int64_t rounds) {
       plan::Priced priced(groups_, tokens, ops::document_table_bytes(schedule_, tokens), unit);
       program(priced, [] {}, rounds);
@@ -287,6 +289,7 @@ Json measure(const Measure& what) {
   };
   constexpr double kGiga = 1e9;
   Rates shared;
+  shared.attention_half_tokens = z.attention_half_tokens;
   shared.host_update_bytes = told(meter.rate(&Rates::host_update_bytes, 16, updates(z)), "updates on the host", kGiga, "GB/s");
   shared.to_host_bytes = shared.to_device_bytes = told(meter.rate(&Rates::to_host_bytes, 16, copies(z)), "copies, both ways at once, each", kGiga, "GB/s");
   shared.sequence_bytes = shared.node_bytes = shared.gather_bytes = shared.scatter_bytes = told(exchanged_bytes_a_second(), "between two ranks", kGiga, "GB/s");

@@ -21,10 +21,9 @@ struct Progress {
   int64_t skipped = 0;   // of the steps: not applied, as their gradients were not finite
 };
 
-// A save copies this rank's part of the states to host memory, which the step waits for; threads write them and give
-// them their name. Where there is no
-// room for a copy it writes at once, and the step waits for that. A save that fails is told and counted; the run goes on, and what was
-// saved before stands. All calls but failures() are collective.
+// A save copies this rank's part of the states to host memory, which the step waits for; threads write them and give them their name.
+// Where there is no room for a copy it writes at once, and the step waits for that. A save that fails is told and counted; the run goes
+// on, and what was saved before stands. All calls but failures() are collective.
 class Saver {
  public:
   explicit Saver(Session& session);

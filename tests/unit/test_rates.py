@@ -8,7 +8,7 @@ import pytest
 import tiers
 from tiers import fixtures
 
-NAMES = ["gemm_flops", "attention_forward_flops", "attention_backward_flops", "device_bytes", "to_host_bytes", "to_device_bytes", "disk_bytes", "host_update_bytes", "sequence_bytes", "node_bytes", "gather_bytes", "scatter_bytes"]
+NAMES = ["gemm_flops", "attention_forward_flops", "attention_backward_flops", "attention_half_tokens", "device_bytes", "to_host_bytes", "to_device_bytes", "disk_bytes", "host_update_bytes", "sequence_bytes", "node_bytes", "gather_bytes", "scatter_bytes"]
 RATES = {name: 1e10 for name in NAMES}
 
 
@@ -19,7 +19,7 @@ def processor():
 
 def rates_file(**changes):
     cpu = {"processor": processor(), "cores": os.cpu_count(), "date": "2026-01-02", "fp32": RATES, "bf16": {**RATES, "gemm_flops": 1e9}, "disks": {}}
-    return {"version": 1, "cpu": cpu | changes}
+    return {"version": 2, "cpu": cpu | changes}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_rates_of_another_machine_are_not_used(folder, changes):
     assert "are of another machine" in plan(folder) and "not used; `ulysses doctor --measure` measures this one" in plan(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 1, "cpu": {}}', rates_file(fp32=RATES | {"gemm_flops": -1}), rates_file(fp32=RATES | {"gemm_flops": "fast"}), rates_file(fp32={}), "\xff\xfe"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 2, "cpu": {}}', rates_file(fp32=RATES | {"gemm_flops": -1}), rates_file(fp32=RATES | {"gemm_flops": "fast"}), rates_file(fp32={}), "\xff\xfe"])
 def test_a_damaged_file_is_named(folder, content):
     write(folder, content)
     done = tiers.run(folder, verb="plan", code=2, ULYSSES_RATES="rates.json")
@@ -88,7 +88,7 @@ def test_training_plans_with_the_same_rates(folder, ranks):
 def test_measuring(folder):
     """The real thing, and what is known of another device stays."""
     gpu = rates_file()["cpu"] | {"processor": "NVIDIA H200"}
-    write(folder, {"version": 1, "cuda": gpu})
+    write(folder, {"version": 2, "cuda": gpu})
     command = [str(tiers.ULYSSES), "doctor", "--measure", "--device", "cpu", "--disk", "scratch"]
     done = subprocess.run(command, cwd=folder, env=fixtures.environment(ULYSSES_RATES="rates.json", OMP_NUM_THREADS=None), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
