@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 RING_BYTES = 64 * MIB
+RATES = pathlib.Path(os.environ.get("ULYSSES_RATES") or pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config") / "ulysses" / "rates.json")
 SIZES = {
     "small": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4, vocab_size=24000),
     "deep": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=4, vocab_size=16000),
@@ -102,12 +103,12 @@ def resident(pid):
     return found.get("RssAnon", 0) + found.get("RssShmem", 0), found.get("RssFile", 0)
 
 
-def train(build, folder, ranks, keys):
+def train(build, folder, ranks, keys, rates):
     """Returns the peak of all ranks together, their mapped file pages, and the median seconds of a micro-batch."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [build / "ulysses-engine", "train", folder / "run.yml", *keys, "--model", folder / "model", "--tokens", folder / "tokens.safetensors", "--device", "cpu"]
+    command = [build / "ulysses-engine", "train", folder / "run.yml", *keys, "--model", folder / "model", "--tokens", folder / "tokens.safetensors", "--device", "cpu", *(["--rates", RATES] if rates else [])]
     threads = str(max(1, os.cpu_count() // ranks))
     processes = []
     for rank in range(ranks):
@@ -147,7 +148,7 @@ def main():
             if tier:
                 keys = room_for(args.build, folder, keys, tier, args.seconds)
             facts = plan(args.build, folder, keys, args.seconds)
-            peak, files, seconds = train(args.build, folder, ranks, keys)
+            peak, files, seconds = train(args.build, folder, ranks, keys, args.seconds)
         finally:
             shutil.rmtree(folder)
         priced = ranks * (facts["bytes"]["total"] + facts["host_bytes"] + (min(RING_BYTES, facts["disk_bytes"]) if facts["disk_bytes"] else 0))

@@ -300,11 +300,14 @@ class Search {
     const auto found = known_.find(kept);
     if (found != known_.end()) return found->second;
     const StatesPlace states{"", {}, 0};
+    const Rates rates = q_.rates;
+    if (rates.shares_cores) q_.rates.to_host_bytes = q_.rates.to_device_bytes = 0;  // no arrangement computes less than one without copies
     // Where nothing is away, what compute repeats is the same.
     std::vector<step::LayerKeep> here = layers(kept), away = here;
     const Bytes sent = *send_away(away, L_, 1, {0, INT64_MAX / 2, 0});
     const Candidate c = price(program(states, kept, away));
     const double compute = kept.levels > 2 * L_ ? price(program(states, kept, here)).compute_seconds : c.compute_seconds;
+    q_.rates = rates;
     return known_[kept] = {c.bytes[0] - resident_bytes_, std::max<int64_t>(0, c.bytes[1] - sent[1]), compute};
   }
 

@@ -311,6 +311,7 @@ Rates rates_for(const Plan& plan, const recipe::Recipe& r, const Machine& machin
     rates.sequence_bytes = preset.sequence_bytes, rates.node_bytes = preset.node_bytes, rates.gather_bytes = preset.gather_bytes, rates.scatter_bytes = preset.scatter_bytes;
     return rates;
   }
+  rates.shares_cores = true;
   for (double Rates::*rate : {&Rates::gemm_flops, &Rates::attention_forward_flops, &Rates::attention_backward_flops, &Rates::device_bytes, &Rates::to_host_bytes, &Rates::to_device_bytes}) rates.*rate *= share;
   return rates;
 }

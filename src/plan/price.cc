@@ -210,6 +210,7 @@ ops::Event Priced::aside(Stream stream, double seconds) {
   double& free_at = free_at_[static_cast<size_t>(stream)];
   const double begin = std::max(free_at, free_at_[0]);
   free_at = begin + seconds;
+  if (rates_.shares_cores && stream != Stream::kDisk) compute(seconds);
   note(stream, begin, free_at);
   price_.busy[static_cast<size_t>(stream)] += seconds;
   price_.seconds = std::max(price_.seconds, free_at);

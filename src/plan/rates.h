@@ -9,6 +9,7 @@ namespace uly::plan {
 // Each per second; 0: takes no time. Measured while all else runs too: at the power limit, both ways of a link at once.
 struct Rates {
   bool known = true;                     // false: those of a GPU that is taken for this one
+  bool shares_cores = false;             // copies, updates and exchanges take the cores that compute: on the CPU
   double gemm_flops = 0;                 // of large products
   double attention_forward_flops = 0, attention_backward_flops = 0;  // the causal half, of long documents
   double attention_half_tokens = 0;      // a document of so many tokens gets half of both

@@ -47,7 +47,7 @@ struct Sizes {
   double attention_half_tokens;           // see plan::Rates
   int64_t elements;                       // of an update, or a copy
 };
-constexpr Sizes kCpu = {.tokens = 2048, .columns = 1024, .wide = 2048, .attention_tokens = 2048, .heads = 8, .kv_heads = 4, .head = 64, .attention_half_tokens = 0, .elements = int64_t{1} << 24};
+constexpr Sizes kCpu = {.tokens = 2048, .columns = 1024, .wide = 2048, .attention_tokens = 2048, .heads = 8, .kv_heads = 4, .head = 64, .attention_half_tokens = 0, .elements = int64_t{1} << 26};
 constexpr Sizes kGpu = {.tokens = 16384, .columns = 4096, .wide = 14336, .attention_tokens = 32768, .heads = 32, .kv_heads = 8, .head = 128, .attention_half_tokens = plan::kGpuAttentionHalfTokens, .elements = int64_t{1} << 28};
 
 // A program that prepares its buffers, then calls `begun`, then does the same `rounds` times.
@@ -292,6 +292,7 @@ Json measure(const Measure& what) {
   shared.attention_half_tokens = z.attention_half_tokens;
   shared.host_update_bytes = told(meter.rate(&Rates::host_update_bytes, 16, updates(z)), "updates on the host", kGiga, "GB/s");
   shared.to_host_bytes = shared.to_device_bytes = told(meter.rate(&Rates::to_host_bytes, 16, copies(z)), "copies, both ways at once, each", kGiga, "GB/s");
+  if (!what.cuda) shared.to_host_bytes *= 2, shared.to_device_bytes *= 2;  // by the same cores: each way is counted by itself
   shared.sequence_bytes = shared.node_bytes = shared.gather_bytes = shared.scatter_bytes = told(exchanged_bytes_a_second(), "between two ranks", kGiga, "GB/s");
   Json out;
   for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
