@@ -97,7 +97,7 @@ def test_measuring(folder):
     assert file["cuda"] == gpu and file["cpu"]["processor"] == processor() and file["cpu"]["cores"] == os.cpu_count()
     for kind in ("fp32", "bf16"):
         rates = file["cpu"][kind]
-        assert all(rates[name] > 0 for name in NAMES if name != "disk_bytes")
+        assert all(rates[name] > 0 for name in NAMES if name not in ("disk_bytes", "attention_half_tokens"))
         assert 1e8 < rates["gemm_flops"] < 1e14 and 1e7 < rates["host_update_bytes"] < 1e12
     assert list(file["cpu"]["disks"]) == [str((folder / "scratch").resolve())] and file["cpu"]["disks"][str((folder / "scratch").resolve())] > 1e6
     assert os.listdir(folder / "scratch") == []
