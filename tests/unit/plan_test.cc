@@ -24,9 +24,9 @@ step::Options resident(const models::Spec& spec, int64_t s, int64_t W = 1, int64
   return o;
 }
 
-Price price(const models::Spec& spec, const step::Options& o) {
+Price price(const models::Spec& spec, const step::Options& o, const Rates& rates = {}) {
   const step::Model model(spec);
-  Priced priced({o.mesh.P, o.mesh.W}, o.s, 0);
+  Priced priced({o.mesh.P, o.mesh.W}, o.s, 0, rates);
   const step::States states = step::make_states(priced, model.units, o);
   step::micro_step(priced, model, o, states, {});
   return priced.price();
@@ -62,6 +62,34 @@ TEST(PriceTest, ArithmeticOfAStepIsTheFormula) {
   // Backward is twice the forward; rebuilt are q, k, v, the output projection and gate | up.
   EXPECT_NEAR(p.gemm_flops, L * (3 * layer + 2 * S * (D * qkv + D * D + 2 * F * D)) + 3 * head, 1e-6 * p.gemm_flops);
   EXPECT_NEAR(p.attention_flops, L * (2.0 + 5.0) * S * S * D, 1e-6 * p.attention_flops);
+}
+
+TEST(PriceTest, AttentionOfShortDocumentsIsSlower) {
+  const models::Spec m = llama_8b();
+  const Rates rates{.attention_forward_flops = 600e12, .attention_backward_flops = 500e12, .attention_half_tokens = 4096};
+  const auto seconds = [&](int64_t s, double share) {
+    step::Options o = resident(m, s);
+    o.attention.document_share = share;
+    return price(m, o, rates).busy[0];
+  };
+  const auto at_full_rate = [](double pairs) { return 32 * 4096 * (2 * pairs / 600e12 + 5 * pairs / 500e12); };
+  EXPECT_NEAR(seconds(65536, 1), at_full_rate(65536.0 * 65536) * (1 + 4096.0 / 65536), 1e-9);
+  EXPECT_NEAR(seconds(65536, 1.0 / 16), at_full_rate(65536.0 * 65536 / 16) * 2, 1e-9);   // documents of 4,096: half
+  EXPECT_NEAR(seconds(65536, 1.0 / 64), at_full_rate(65536.0 * 65536 / 64) * 2, 1e-9);   // of 1,024: no less than half
+}
+
+TEST(PriceTest, OnTheCpuExchangesTakeTimeFromCompute) {
+  const models::Spec m = llama_8b();
+  Rates rates{.gemm_flops = 1e12, .sequence_bytes = 1e9, .gather_bytes = 1e9, .scatter_bytes = 1e9};
+  const step::Options o = resident(m, 4096, 2, 2);
+  const Price aside = price(m, o, rates);
+  rates.shares_cores = true;
+  const Price shared = price(m, o, rates);
+  const double network = aside.busy[static_cast<size_t>(Stream::kNetwork)];
+  EXPECT_GT(network, 0);
+  EXPECT_NEAR(shared.busy[0], aside.busy[0] + network, 1e-9 * shared.busy[0]);
+  EXPECT_NEAR(shared.seconds, shared.busy[0], 1e-9 * shared.seconds);
+  EXPECT_LT(aside.seconds, shared.seconds);
 }
 
 TEST(PriceTest, KeepingEverythingRebuildsNothing) {
