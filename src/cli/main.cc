@@ -14,6 +14,11 @@
 namespace uly::cli {
 namespace {
 
+const CLI::Validator kPositive([](std::string& text) {
+  const std::optional<int64_t> n = launch::whole_number(text);
+  return n && *n > 0 ? std::string() : fmt::format("expected a whole number of at least 1, found '{}'", text);
+}, "");
+
 struct Verb {
   const char* name;
   const char* doc;
@@ -128,11 +133,11 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   if (std::string_view(verb.name) == "plan") {
     WhatIf& what = options.what_if;
     app.add_option("--gpus", num_ranks, "ranks, one a GPU")->each([&](const std::string&) { what.given = true; });
-    app.add_option("--nodes", what.nodes, "machines over which they are spread")->check(CLI::PositiveNumber);
+    app.add_option("--nodes", what.nodes, "machines over which they are spread")->check(kPositive);
     app.add_option("--gpu", what.gpu, "A100, H100, H200, B200");
     app.add_option("--gpu-memory", what.gpu_memory, "of each");
     app.add_option("--host-memory", what.host_memory, "of each machine");
-    app.add_option("--host-cores", what.host_cores, "of each machine")->check(CLI::PositiveNumber);
+    app.add_option("--host-cores", what.host_cores, "of each machine")->check(kPositive);
     app.add_option("--disk", what.disk, "of each machine, for scratch files");
     app.add_flag("--explain", options.explain, "what else was considered");
     app.add_option("--compare", options.compare, "KEY=V1,V2,...: a row for each value, or for each combination of several keys'")->allow_extra_args(false);
@@ -142,7 +147,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     app.add_option("--disk", options.disks, "a folder on a disk to be measured too")->allow_extra_args(false)->needs(measure);
   }
   if (std::string_view(verb.name) == "prepare" || std::string_view(verb.name) == "process-data")
-    app.add_option("--show", options.show, "print this many samples, and what of them is trained")->check(CLI::PositiveNumber);
+    app.add_option("--show", options.show, "print this many samples, and what of them is trained")->check(kPositive);
   app.add_option("--profile", options.profile_path, "write a Chrome trace of the last of the first three steps");
   app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests
   app.add_option("--local_rank,--local-rank", ignored, "")->group("");  // other launchers pass it; LOCAL_RANK says it
@@ -150,7 +155,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     app.add_option("-H,--hostfile", options.hostfile, "machines, a line each: name slots=8");
     app.add_option("-i,--include", options.hosts.include, "host:0,2@other: these only");
     app.add_option("-e,--exclude", options.hosts.exclude, "host:0,2@other: all but these");
-    app.add_option("--num_nodes,--num-nodes", options.hosts.num_nodes, "the first hosts only")->check(CLI::PositiveNumber);
+    app.add_option("--num_nodes,--num-nodes", options.hosts.num_nodes, "the first hosts only")->check(kPositive);
     app.add_option("--node_rank,--node-rank", options.node_rank, "with --no_ssh: this machine's place among the hosts")->check(CLI::NonNegativeNumber);
     app.add_option("--master_addr,--master-addr", options.master_address, "the first host's address");
     app.add_option("--ssh_port,--ssh-port", options.ssh_port, "")->check(CLI::Range(1, 65535));

@@ -54,9 +54,13 @@ plan::DataFacts facts_of(const Json& answer) {
 // Text as a terminal may see it: control characters, which could steer it, as their pictures (U+2400 ...).
 std::string harmless(const std::string& text) {
   std::string out;
-  for (const char c : text) {
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
     const auto byte = static_cast<unsigned char>(c);
-    if (byte == 0x7f || (byte < 0x20 && c != '\n' && c != '\t')) {
+    if (byte == 0xc2 && i + 1 < text.size() && static_cast<unsigned char>(text[i + 1]) < 0xa0) {  // U+0080 to U+009F are controls too
+      out += "\xef\xbf\xbd";
+      ++i;
+    } else if (byte == 0x7f || (byte < 0x20 && c != '\n' && c != '\t')) {
       out += "\xe2\x90";
       out += static_cast<char>(byte == 0x7f ? 0xa1 : 0x80 + byte);
     } else {

@@ -1,5 +1,7 @@
 #include "data/token_file.h"
 
+#include <xxhash.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <sstream>
@@ -43,6 +45,19 @@ std::string TokenFile::words(int64_t sample) const {
       if (const Json name = made["sources"][source].value("name", Json()); name.is_string()) return fmt::format("sample {} of {}", rows_[2 * sample + 1], name.get<std::string>());
   }
   return fmt::format("sample {} of {}", sample, file_.path());
+}
+
+std::string TokenFile::fingerprint() const {
+  constexpr int64_t kPlaces = 4096, kTokens = 16;
+  const int64_t tokens = starts_[num_samples_];
+  uint64_t hash = XXH3_64bits(starts_, static_cast<size_t>(num_samples_ + 1) * sizeof(int64_t));
+  for (int64_t i = 0; i < kPlaces; ++i) {
+    const int64_t first = static_cast<int64_t>(static_cast<__int128>(tokens) * i / kPlaces);
+    const size_t count = static_cast<size_t>(std::min(kTokens, tokens - first));
+    hash = XXH3_64bits_withSeed(ids_ + first, count * sizeof(int32_t), hash);
+    hash = XXH3_64bits_withSeed(trained_ + first, count, hash);
+  }
+  return fmt::format("{:016x}", hash);
 }
 
 }  // namespace uly::data

@@ -28,6 +28,8 @@ class TokenFile {
   // Where the samples of each source end; one entry, all, where the file does not say.
   const std::vector<int64_t>& source_ends() const { return source_ends_; }
   int64_t vocabulary() const { return vocabulary_; }  // as the file says: who reads ids, checks them
+  // By which other data are told from these: a hash of where all samples start and of some tokens throughout.
+  std::string fingerprint() const;
 
  private:
   SafetensorsFile file_;

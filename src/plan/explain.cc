@@ -291,9 +291,10 @@ void Writer::longest() {
 
 void Writer::batch() {
   const int64_t samples = r_.micro_batch_size * r_.gradient_accumulation_steps * plan_.mesh.R();
+  const int64_t longest = plan_.train ? std::max(plan_.max_length, plan_.train.packs->longest) : plan_.max_length;  // samples may be kept whole
   line("batch", "{} {}{} a step ({} x {} micro-batch{} x {} replica{}), at most {} tokens", samples, r_.data.pack_samples ? "pack" : "sample", samples == 1 ? "" : "s", r_.micro_batch_size, r_.gradient_accumulation_steps,
-       r_.gradient_accumulation_steps == 1 ? "" : "es", plan_.mesh.R(), plan_.mesh.R() == 1 ? "" : "s", format_count(samples * plan_.max_length));
-  facts()["batch"] = {{"samples", samples}, {"tokens", samples * plan_.max_length}};
+       r_.gradient_accumulation_steps == 1 ? "" : "es", plan_.mesh.R(), plan_.mesh.R() == 1 ? "" : "s", format_count(samples * longest));
+  facts()["batch"] = {{"samples", samples}, {"tokens", samples * longest}};
   if (plan_.num_steps >= 0) {
     line("steps", "{} ({} an epoch; the learning rate's schedule has {})", format_count(plan_.num_steps), format_count(plan_.steps_per_epoch), format_count(plan_.horizon));
     facts()["steps"] = {{"run", plan_.num_steps}, {"per_epoch", plan_.steps_per_epoch}, {"horizon", plan_.horizon}};

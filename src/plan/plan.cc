@@ -110,6 +110,7 @@ void check_left(const recipe::Recipe& r, const data::TokenFile& file, const data
   if (packs.left_out.samples > 0)
     user_error("{} ({}): expected texts for a pack of max_length {} at least, found {} tokens: lower data.max_length, or give more data", r.type == "causal" ? key : "data.drop_last", r.where(r.type == "causal" ? key : "data.drop_last"),
                format_count(max_length), format_count(packs.left_out.tokens));
+  ULY_USER_CHECK(packs.weighed_out.samples == 0 || packs.dropped.samples > 0, "{} ({}): of {} samples their sources' weight takes none: a greater weight, or more data", key, r.where(key), format_count(packs.weighed_out.samples));
   ULY_USER_CHECK(packs.dropped.samples > 0, "{} ({}): expected samples with tokens, found none", key, r.where(key));
   int64_t shortest = file.length(0);
   for (int64_t i = 0; i < file.num_samples(); ++i) shortest = std::min(shortest, file.length(i));

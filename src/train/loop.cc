@@ -2,6 +2,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
@@ -70,6 +71,7 @@ class Loop {
   void save(const recipe::Checkpoint& c);
   std::string why_to_stop();
   void check_targets();
+  void check_something_is_trained();
 
   Session& s_;
   const Job& job_;
@@ -243,7 +245,6 @@ void Loop::maybe_evaluate() {
     for (int64_t i = row; i < std::min(row + per_row, all.size()); ++i) replicas[static_cast<size_t>((i - row) / r_.micro_batch_size)].push_back(i);
   }
   const Trained trained = count_trained(data, window);
-  ULY_USER_CHECK(trained.total() > 0, "{}: no token to evaluate on is trained", r_.where(r_.data.eval_share > 0 ? "data.train_eval_split" : "data.eval_sources"));
   s_.begin_evaluation();
   for (const auto& replicas : window) {
     const std::vector<int64_t>& packs = replicas[static_cast<size_t>(mesh.replica())];
@@ -267,7 +268,7 @@ void Loop::maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended) {
 void Loop::save(const recipe::Checkpoint& c) {
   const std::string folder = save_folder(c, steps_);
   if (!saved_.insert(folder).second) return;
-  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"samples", s_.plan().train.packs->size()}});
+  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"samples", s_.plan().train.packs->size()}, {"data", s_.plan().train.file->fingerprint()}});
   s_.flush();
   save_hub(s_, folder);
   if (s_.first()) say("saved {}", folder);
@@ -281,6 +282,8 @@ Progress Loop::resume_if_asked() {
     if (!found) continue;
     const int64_t had = found->facts.value("samples", int64_t{0}), has = s_.plan().train.packs->size();
     ULY_USER_CHECK(job_.restart_data || had == has, "{}: the data had {} samples when it was saved, and has {}: which have been seen is not known then; expected the same, or --restart-data to begin the data anew", found->folder, format_count(had), format_count(has));
+    const std::string before = found->facts.value("data", ""), now = s_.plan().train.file->fingerprint();
+    ULY_USER_CHECK(job_.restart_data || before.empty() || before == now, "{}: the data are not those that it was saved with, though as many: which samples have been seen is not known then; expected the same tokens, or --restart-data to begin the data anew", found->folder);
     if (s_.first()) {
       say("going on from {}: step {}, {} samples seen{}", found->folder, format_count(found->progress.steps), format_count(found->facts.at("consumed").get<int64_t>()), job_.restart_data ? "; the data begins anew" : "");
       Metrics::forget_after(r_, found->progress.steps);
@@ -315,6 +318,23 @@ std::string Loop::why_to_stop() {
   return why == 0 ? "" : why == kSwitch ? r_.kill_switch_path + " exists" : why == kClock ? fmt::format("exit_after: {} have passed", format_duration(r_.exit_after_seconds)) : fmt::format("signal {}", why);
 }
 
+// Data of which no token is trained would cost a run and change nothing: the loss would be 0. Normally the first pack answers.
+void Loop::check_something_is_trained() {
+  const auto check = [&](const plan::Packed& data, const char* key) {
+    if (!data) return;
+    for (int64_t i = 0; i < data.packs->size(); ++i)
+      for (const data::Piece& p : data.packs->pieces(i)) {
+        const uint8_t* const trained = data.file->trained() + p.first;
+        if (std::any_of(trained + 1, trained + p.count, [](uint8_t flag) { return flag != 0; })) return;
+      }
+    user_error("{} ({}): expected samples with tokens to train on; of {} within max_length={} none has any: a greater data.max_length, or data.overlong: truncate_left, which keeps the end, where answers are", key, r_.where(key), format_count(data.packs->num_pieces()), s_.plan().max_length);
+  };
+  on_first(s_.world(), [&] {
+    check(s_.plan().train, "data.sources");
+    check(s_.plan().eval, r_.data.eval_share > 0 ? "data.train_eval_split" : "data.eval_sources");
+  });
+}
+
 // Looks before the first step at where models will be saved, so that no finished run meets a folder that it must not touch
 // or cannot write, or a full disk.
 void Loop::check_targets() {
@@ -335,6 +355,7 @@ void Loop::check_targets() {
 
 Exit Loop::run() {
   check_targets();
+  check_something_is_trained();
   say_what_may_be_lost();
   std::string stop;
   while (steps_ < last_step_) {

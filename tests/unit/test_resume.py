@@ -305,6 +305,11 @@ def test_a_changed_recipe_is_compared(job):
     assert "expected the same; begin a new run in another output_dir" in job.run("model.dtype=bf16", code=2)
     fixtures.chats(job.folder, CHATS + 2)
     assert f"the data had {CHATS} samples when it was saved, and has {CHATS + 2}" in job.run(code=2)
+    fixtures.chats(job.folder, CHATS)
+    lines = (job.folder / "chats.jsonl").read_text().splitlines()
+    (job.folder / "chats.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    assert job.run(code=2).splitlines()[-1] == (
+        "states/global_step_2: the data are not those that it was saved with, though as many: which samples have been seen is not known then; expected the same tokens, or --restart-data to begin the data anew")
     said = job.run("--restart-data", "data.max_length=96", "exit_iteration=4")
     assert "the data begins anew" in said and [m["iter"] for m in job.metrics()] == [1, 2, 3, 4]
 
