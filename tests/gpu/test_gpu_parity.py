@@ -201,6 +201,29 @@ def test_deterministic_runs_are_equal_bit_for_bit(lengths, tmp_path):
     assert [r["loss"] for r in once.rows] == [r["loss"] for r in again.rows]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_changed_token_changes_no_bit_of_another_document(ranks, tmp_path):
+    """Only the third document is trained: loss and gradients are its own, whatever stands in those beside it."""
+    make_wide_model(tmp_path / "model")
+    lengths = [3000, 127, 4096, 500] if ON_GPU else [300, 27, 410, 50]
+    documents = make_documents(lengths, VOCABULARY, untrained=(0, 1, 3))
+
+    def run(name, documents):
+        return run_engine(tmp_path, documents, vocabulary=VOCABULARY, micro_batch=len(documents), steps=1, ranks=ranks, sequence=ranks, name=name, more=DETERMINISTIC)
+
+    before = run("before", documents)
+    gradients = (before.dump / "step_1.safetensors").read_bytes()
+    assert before.rows[0]["loss"] > 0
+    for changed in (0, 1, 3, 2):
+        ids, trained = documents[changed]
+        ids = ids.copy()
+        ids[5] = (ids[5] + 1) % VOCABULARY
+        other = [*documents[:changed], (ids, trained), *documents[changed + 1:]]
+        after = run(f"changed_{changed}", other)
+        same = (after.dump / "step_1.safetensors").read_bytes() == gradients and after.rows[0]["loss"] == before.rows[0]["loss"]
+        assert same == (changed != 2), f"document {changed}"
+
+
 def kept_line(run):
     return re.search(r"^kept +(.*)$", run.said, re.MULTILINE)[1]
 
