@@ -25,6 +25,7 @@ constexpr int kFormat = 1;
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kLatest = "latest";
 constexpr const char* kIncomplete = ".incomplete";
+constexpr const char* kDamaged = ".damaged";
 constexpr std::string_view kPrefix = "global_step_";
 
 const char* name_of(Moment moment) { return moment == Moment::kMaster ? "master" : moment == Moment::kM ? "m" : "v"; }
@@ -61,9 +62,17 @@ std::optional<int64_t> step_of(const std::string& name) {
   return error == std::errc() && end == name.data() + name.size() ? std::optional(step) : std::nullopt;
 }
 
+// Also what is left of one: ranks' files without their manifest.
 bool is_state(const fs::path& folder) {
   std::error_code ignored;
-  return fs::is_regular_file(folder / kManifest, ignored);
+  if (fs::is_regular_file(folder / kManifest, ignored)) return true;
+  bool files = false;
+  for (const auto& entry : fs::directory_iterator(folder, ignored)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with("rank_") || !name.ends_with(".safetensors")) return false;
+    files = true;
+  }
+  return files;
 }
 
 // Written beside, flushed, renamed.
@@ -129,7 +138,9 @@ Json identity(const models::Spec& spec, const std::vector<models::Unit>& units) 
     for (const models::Tensor& t : unit.tensors) tensors.push_back({t.name, t.offset, t.shape});
     all.push_back({{"name", unit.name}, {"elements", unit.elements}, {"tensors", tensors}});
   }
-  return {{"architecture", spec.architecture}, {"units", all}};
+  const models::Rope& r = spec.rope;
+  const Json rope = {static_cast<int>(r.type), r.theta, r.factor, r.low_freq_factor, r.high_freq_factor, r.beta_fast, r.beta_slow, r.attention_factor, r.mscale, r.mscale_all_dim, r.truncate, r.original_max_positions};
+  return {{"architecture", spec.architecture}, {"units", all}, {"norm_eps", spec.norm_eps}, {"rope", rope}, {"heads", {spec.N, spec.K, spec.H}}};
 }
 
 std::string incomplete_name(const std::string& folder) { return folder + kIncomplete; }
@@ -178,6 +189,14 @@ std::vector<std::string> find_states(const std::string& output_dir) {
   return folders;
 }
 
+std::string set_aside(const std::string& folder) {
+  std::error_code error;
+  const std::string aside = folder + kDamaged;
+  remove_folder(aside);
+  fs::rename(folder, aside, error);
+  return error ? "" : aside;
+}
+
 void prune_states(const std::string& output_dir, int64_t keep) {
   std::error_code error;
   std::vector<fs::path> left;
@@ -186,9 +205,9 @@ void prune_states(const std::string& output_dir, int64_t keep) {
   for (const fs::path& path : left) remove_folder(path.string());
   const std::vector<std::string> states = find_states(output_dir);
   for (size_t i = static_cast<size_t>(std::max<int64_t>(1, keep)); keep > 0 && i < states.size(); ++i) {
-    // Its manifest first: what is half removed is no state.
-    fs::remove(fs::path(states[i]) / kManifest, error);
-    remove_folder(states[i]);
+    const std::string going = incomplete_name(states[i]);  // what is half removed is no state
+    fs::rename(states[i], going, error);
+    remove_folder(error ? states[i] : going);
   }
 }
 
@@ -210,7 +229,7 @@ StateReader::StateReader(const std::string& folder) : folder_(folder) {
   } catch (const DamagedState&) {
     damaged("is not as it was written");
   }
-  if (!manifest_.is_object() || manifest_.value("digest", "") != digest_of(manifest_)) damaged("is not as it was written");
+  if (!manifest_.is_object() || !manifest_.contains("digest") || manifest_["digest"] != Json(digest_of(manifest_))) damaged("is not as it was written");
   try {
     if (manifest_.value("format", 0) != kFormat) user_error("{}: expected format {}, found {}: another version of this program wrote it", path, kFormat, manifest_.value("format", 0));
     for (const Json& file : manifest_.at("files"))
@@ -237,7 +256,9 @@ void StateReader::compare_model(const Json& identity) const {
   const Json &a = saved.at("units"), &b = identity.at("units");
   for (size_t i = 0; i < std::min(a.size(), b.size()); ++i)
     ULY_USER_CHECK(a[i] == b[i], "{}: the state is of another model: {} has {} elements there, {} {} in the recipe's", folder_, a[i].at("name").get<std::string>(), format_count(a[i].at("elements")), b[i].at("name").get<std::string>(), format_count(b[i].at("elements")));
-  user_error("{}: the state is of another model: it has {} units, the recipe's {}", folder_, a.size(), b.size());
+  ULY_USER_CHECK(a.size() == b.size(), "{}: the state is of another model: it has {} units, the recipe's {}", folder_, a.size(), b.size());
+  for (const auto& [key, what] : {std::pair{"norm_eps", "its epsilon of norms"}, std::pair{"rope", "its rotary embedding"}, std::pair{"heads", "its attention heads"}})
+    ULY_USER_CHECK(!saved.contains(key) || saved.at(key) == identity.at(key), "{}: the state is of another model: {} was {} there, the recipe's config.json says {}: expected the same; begin a new run in another output_dir", folder_, what, saved.at(key).dump(), identity.at(key).dump());
 }
 
 const SafetensorsFile& StateReader::open(const std::string& file) {

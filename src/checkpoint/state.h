@@ -83,6 +83,9 @@ std::string incomplete_name(const std::string& folder);
 // Complete states in `output_dir`: the latest first, then by step, the highest first. Nothing where there is no such folder.
 std::vector<std::string> find_states(const std::string& output_dir);
 
+// Renames a state that is damaged, so that it is none: neither used nor counted. Returns its name then; "" where it stays.
+std::string set_aside(const std::string& folder);
+
 // Removes the oldest states beyond `keep` (0: keeps all), and what interrupted saves have left. Never the latest.
 void prune_states(const std::string& output_dir, int64_t keep);
 

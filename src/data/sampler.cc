@@ -33,6 +33,12 @@ int64_t Sampler::count(int64_t consumed) const {
   return std::min(rules_.samples_a_step(), epoch_size() - at.first);
 }
 
+int64_t Sampler::steps(int64_t consumed) const {
+  if (rules_.first_batch_only) return ceil_div(consumed, std::min(rules_.samples_a_step(), epoch_size()));
+  const Position at = position(consumed);
+  return (at.epoch + 1) * steps_per_epoch() - ceil_div(epoch_size() - at.first, rules_.samples_a_step());
+}
+
 Sampler::Window Sampler::window(int64_t consumed) {
   const Position at = position(rules_.first_batch_only ? 0 : consumed);
   if (at.epoch != epoch_) {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/shapes.h"
+
 namespace uly::data {
 
 // A permutation of 0 .. n-1 that depends on nothing but its arguments.
@@ -30,6 +32,10 @@ class Sampler {
     int64_t epoch = 0, first = 0;  // the epoch, and how many of its samples have been consumed
   };
   Position position(int64_t consumed) const { return {consumed / epoch_size(), consumed % epoch_size()}; }
+
+  int64_t steps_per_epoch() const { return ceil_div(epoch_size(), rules_.samples_a_step()); }
+  // Steps of this size after which as many samples have been consumed, or the first that are more.
+  int64_t steps(int64_t consumed) const;
 
   // Samples of every micro-batch of the step that begins there: [micro-batch][replica][sample]. All replicas have the same number of
   // micro-batches; where samples have run out, a replica's is empty. An epoch's last step ends with it and may be smaller.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <filesystem>
 
 #include "base/check.h"
 #include "base/shapes.h"
@@ -108,6 +109,20 @@ void one_entry_resumes(Recipe& r) {
   }
 }
 
+void folders_are_of_one_kind(Recipe& r) {
+  const auto folder = [](const Checkpoint& c) {
+    std::error_code error;
+    return std::filesystem::weakly_canonical(std::filesystem::absolute(c.output_dir, error), error);
+  };
+  for (size_t i = 0; i < r.checkpoint.size(); ++i)
+    for (size_t j = 0; j < i; ++j) {
+      const Checkpoint &a = r.checkpoint[j], &b = r.checkpoint[i];
+      const std::string key = item("checkpoint", i) + ".output_dir";
+      ULY_USER_CHECK(!a.enabled || !b.enabled || folder(a) != folder(b) || (a.type == "huggingface") == (b.type == "huggingface"),
+                     "{}: {}: {} holds states and models, both as global_step_N: expected a folder for each", r.where(key), key, b.output_dir);
+    }
+}
+
 void limits_are_of_states(Recipe& r) {
   for (size_t i = 0; i < r.checkpoint.size(); ++i) {
     const std::string key = item("checkpoint", i) + ".save_total_limit";
@@ -124,7 +139,7 @@ void scratch_has_folders(Recipe& r) {
 
 constexpr std::array kRules = {
     data_type_is_the_recipes,           packs_go_alone,       packing_is_whole,     padding_fits,      shares_sum_to_one,      evaluation_is_whole, samples_are_drawn_one_way,
-    special_tokens_are_not_added_twice, schedule_is_complete, one_entry_resumes, limits_are_of_states,
+    special_tokens_are_not_added_twice, schedule_is_complete, one_entry_resumes, folders_are_of_one_kind, limits_are_of_states,
     scratch_has_folders};
 
 }  // namespace

@@ -40,7 +40,7 @@ using recipe::saves_states;
 class Loop {
  public:
   Loop(Session& session, const Job& job, Clock::time_point began)
-      : s_(session), job_(job), r_(session.recipe()), began_(began), sampler_(make_sampler()), start_(resume_if_asked()), steps_(start_.steps), consumed_(start_.consumed), skipped_(start_.skipped), last_step_(plan::last_step(r_, s_.plan().horizon, start_.steps)), metrics_(r_, session.spec(), last_step_, session.mesh().W, session.first()), saver_(session) {}
+      : s_(session), job_(job), r_(session.recipe()), began_(began), sampler_(make_sampler()), start_(resume_if_asked()), steps_(start_.steps), consumed_(start_.consumed), skipped_(start_.skipped), last_step_(plan::last_step(r_, s_.plan().horizon + more_steps_, start_.steps)), metrics_(r_, session.spec(), last_step_, session.mesh().W, session.first()), saver_(session) {}
 
   Exit run();
 
@@ -68,16 +68,19 @@ class Loop {
   std::string sample_words(const std::vector<int64_t>& packs, int64_t token) const;
   [[noreturn]] void stop_at_not_finite(const std::string& why);
   void maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended);
+  bool lacks_model(const recipe::Checkpoint& c);
   void save(const recipe::Checkpoint& c);
   std::string why_to_stop();
   void check_targets();
   void check_something_is_trained();
+  void take_back_metrics();
 
   Session& s_;
   const Job& job_;
   const recipe::Recipe& r_;
   Clock::time_point began_;
   data::Sampler sampler_;
+  int64_t more_steps_ = 0;  // made so far beyond what the samples consumed would take in steps of today's size
   Progress start_;          // of this run: 0, or what the state says that it goes on from
   int64_t steps_;           // made so far
   int64_t consumed_;        // samples, over all ranks: what comes next follows from it
@@ -204,7 +207,7 @@ void Loop::step() {
   }
   s_.finish_gradients();
   if (!job_.dump_folder.empty()) dump_gradients(s_, job_.dump_folder, steps_ + 1, s_.loss());
-  f.learning_rate = recipe::learning_rate(r_.scheduler, r_.optimizer.learning_rate, steps_, s_.plan().horizon);
+  f.learning_rate = recipe::learning_rate(r_.scheduler, r_.optimizer.learning_rate, steps_ - more_steps_, s_.plan().horizon);
   s_.update(f.learning_rate, steps_ + 1 - skipped_);
   // Only now are figures read: until here nothing has waited for a GPU. Where they are not finite the update did nothing.
   const double loss = s_.loss(), norm = std::sqrt(s_.squared_norm());
@@ -257,7 +260,7 @@ void Loop::maybe_evaluate() {
 
 void Loop::maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended) {
   for (const recipe::Checkpoint& c : r_.checkpoint) {
-    if (!c.enabled || steps_ == start_.steps) continue;
+    if (!c.enabled || (steps_ == start_.steps && !(ended && lacks_model(c)))) continue;
     const bool by_step = c.save_every_n_steps > 0 && steps_ % c.save_every_n_steps == 0;
     const bool by_epoch = epoch_ended && c.save_every_n_epochs > 0 && finished_epochs % c.save_every_n_epochs == 0;
     if (!(ended ? c.save_end_of_training : by_step || by_epoch)) continue;
@@ -265,12 +268,24 @@ void Loop::maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended) {
   }
 }
 
+// Whether a run that had ended before has not left the model that it should: it was removed, or is asked for only now. Collective.
+bool Loop::lacks_model(const recipe::Checkpoint& c) {
+  if (c.type != "huggingface" || !c.save_end_of_training || steps_ == 0) return false;
+  std::error_code error;
+  return s_.world().all().max(s_.first() && !std::filesystem::exists(save_folder(c, steps_), error) ? 1 : 0) > 0;
+}
+
 void Loop::save(const recipe::Checkpoint& c) {
   const std::string folder = save_folder(c, steps_);
   if (!saved_.insert(folder).second) return;
-  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"samples", s_.plan().train.packs->size()}, {"data", s_.plan().train.file->fingerprint()}});
+  metrics_.sync();
+  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"samples", s_.plan().train.packs->size()}, {"data", s_.plan().train.file->fingerprint()}, {"epoch_size", sampler_.epoch_size()}});
   s_.flush();
-  save_hub(s_, folder);
+  try {
+    save_hub(s_, folder);
+  } catch (const UserError& e) {  // the same on all ranks
+    return saver_.tell_failure(folder, e.what());
+  }
   if (s_.first()) say("saved {}", folder);
 }
 
@@ -284,17 +299,26 @@ Progress Loop::resume_if_asked() {
     ULY_USER_CHECK(job_.restart_data || had == has, "{}: the data had {} samples when it was saved, and has {}: which have been seen is not known then; expected the same, or --restart-data to begin the data anew", found->folder, format_count(had), format_count(has));
     const std::string before = found->facts.value("data", ""), now = s_.plan().train.file->fingerprint();
     ULY_USER_CHECK(job_.restart_data || before.empty() || before == now, "{}: the data are not those that it was saved with, though as many: which samples have been seen is not known then; expected the same tokens, or --restart-data to begin the data anew", found->folder);
+    const int64_t epoch_before = found->facts.value("epoch_size", sampler_.epoch_size());
+    ULY_USER_CHECK(job_.restart_data || epoch_before == sampler_.epoch_size(), "{}: an epoch had {} samples when it was saved, and has {} (min_iterations, with a step of another size): which have been seen is not known then; expected the same, or --restart-data to begin the data anew", found->folder, format_count(epoch_before), format_count(sampler_.epoch_size()));
+    // Where epochs are counted, a step of another size changes how many are left, and where in the schedule the next one is.
+    if (r_.train_iters == 0 && !job_.restart_data) more_steps_ = found->progress.steps - sampler_.steps(found->progress.consumed);
+    if (s_.first() && more_steps_ != 0) say("the size of a step has changed: {} steps are left of {} epochs, and the learning rate goes on from where as many samples are at that size", format_count(s_.plan().horizon - (found->progress.steps - more_steps_)), r_.epochs);
     if (s_.first()) {
       say("going on from {}: step {}, {} samples seen{}", found->folder, format_count(found->progress.steps), format_count(found->facts.at("consumed").get<int64_t>()), job_.restart_data ? "; the data begins anew" : "");
-      Metrics::forget_after(r_, found->progress.steps);
     }
     return found->progress;
   }
-  const bool resumes = std::any_of(r_.checkpoint.begin(), r_.checkpoint.end(), [](const recipe::Checkpoint& c) { return c.enabled && c.auto_resume; });
-  if (resumes && s_.first()) Metrics::forget_unfinished(r_, plan::last_step(r_, s_.plan().horizon, 0));
   return {};
 }
 
+// What an earlier start of this run has told of steps that are made again. Nothing may stop the run from here on but its training.
+void Loop::take_back_metrics() {
+  on_first(s_.world(), [&] {
+    for (const recipe::Checkpoint& c : r_.checkpoint)
+      if (c.enabled && c.auto_resume) start_.steps > 0 ? metrics_.forget_after(start_.steps) : metrics_.begin_in(c.output_dir);
+  });
+}
 
 void Loop::say_what_may_be_lost() const {
   if (!s_.first() || steps_ >= last_step_) return;
@@ -356,6 +380,7 @@ void Loop::check_targets() {
 Exit Loop::run() {
   check_targets();
   check_something_is_trained();
+  take_back_metrics();
   say_what_may_be_lost();
   std::string stop;
   while (steps_ < last_step_) {
@@ -385,7 +410,13 @@ Exit Loop::run() {
     maybe_save(sampler_.position(consumed_).epoch, false, true);
   }
   saver_.finish();
-  ULY_USER_CHECK(saver_.failures() == 0, "{} of the saves failed; see above", saver_.failures());
+  on_first(s_.world(), [&] {
+    ULY_USER_CHECK(saver_.failures() == 0, "{} of the saves failed; see above", saver_.failures());
+    metrics_.finish();
+    if (!pre_empted && steps_ >= last_step_)
+      for (const recipe::Checkpoint& c : r_.checkpoint)
+        if (c.enabled && c.auto_resume) metrics_.ended(c.output_dir);
+  });
   return pre_empted ? Exit::kPreempted : Exit::kDone;
 }
 

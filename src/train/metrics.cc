@@ -1,9 +1,13 @@
 #include "train/metrics.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <limits>
 #include <vector>
 
@@ -31,42 +35,63 @@ Metrics::Metrics(const recipe::Recipe& r, const models::Spec& spec, int64_t tota
   const std::filesystem::path parent = std::filesystem::path(path_).parent_path();
   std::error_code error;
   if (!parent.empty()) std::filesystem::create_directories(parent, error);
-  file_.open(path_, std::ios::app);
-  ULY_USER_CHECK(file_.good(), "train_log_metrics_path ({}): cannot write {}: {}", r.where("train_log_metrics_path"), path_, error ? error.message() : std::strerror(errno));
+  fd_ = ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+  ULY_USER_CHECK(fd_ >= 0, "train_log_metrics_path ({}): cannot write {}: {}", r.where("train_log_metrics_path"), path_, error ? error.message() : std::strerror(errno));
+}
+
+Metrics::~Metrics() {
+  if (fd_ < 0) return;
+  write_pending();
+  ::close(fd_);
+}
+
+// Takes back what follows the first `bytes` of the file; its name, mode and links stay.
+void Metrics::keep(int64_t bytes) {
+  ULY_USER_CHECK(::ftruncate(fd_, bytes) == 0, "{}: cannot be cut to where the run goes on: {}", path_, std::strerror(errno));
+}
+
+void Metrics::forget_after(int64_t iter) {
+  if (fd_ < 0) return;
+  std::ifstream file(path_, std::ios::binary);
+  std::vector<std::pair<std::string, int64_t>> lines;  // and where they begin
+  int64_t at = 0;
+  for (std::string line; std::getline(file, line);) {
+    const int64_t bytes = static_cast<int64_t>(line.size()) + 1;
+    lines.emplace_back(std::move(line), at);
+    at += bytes;
+  }
+  int64_t last = std::numeric_limits<int64_t>::max(), end = -1;  // of the run's lines, the earliest so far
+  for (; !lines.empty(); lines.pop_back()) {
+    const Json told = Json::parse(lines.back().first, nullptr, false);
+    if (told.is_object()) {  // the last may be half of one
+      const int64_t step = told.value("iter", int64_t{0});
+      if (step <= iter || step > last) break;
+      last = step;
+    }
+    end = lines.back().second;
+  }
+  if (end >= 0) keep(end);
 }
 
 namespace {
-
-// Takes back the last run's lines from `iter` on, exclusive; nothing if that run came to `finished`.
-void forget(const recipe::Recipe& r, int64_t iter, int64_t finished) {
-  const std::string& path = r.train_log_metrics_path;
-  std::ifstream file(path);
-  std::vector<std::string> lines;
-  for (std::string line; std::getline(file, line);) lines.push_back(line);
-  if (lines.empty()) return;
-  int64_t last = std::numeric_limits<int64_t>::max();  // of the run's lines, the earliest so far
-  while (!lines.empty()) {
-    const Json told = Json::parse(lines.back(), nullptr, false);
-    if (told.is_object()) {  // the last may be half of one
-      const int64_t at = told.value("iter", int64_t{0});
-      if (at >= finished) return;
-      if (at <= iter || at > last) break;
-      last = at;
-    }
-    lines.pop_back();
-  }
-  std::string text;
-  for (const std::string& line : lines) text += line + "\n";
-  const std::string beside = path + ".incomplete";
-  checkpoint::write_file(beside, text);
-  ULY_USER_CHECK(::rename(beside.c_str(), path.c_str()) == 0, "train_log_metrics_path ({}): cannot write {}: {}", r.where("train_log_metrics_path"), path, std::strerror(errno));
-}
-
+std::string beginning(const std::string& folder) { return (std::filesystem::path(folder) / "began.json").string(); }
 }  // namespace
 
-void Metrics::forget_after(const recipe::Recipe& r, int64_t iter) { forget(r, iter, std::numeric_limits<int64_t>::max()); }
+void Metrics::begin_in(const std::string& folder) {
+  struct stat is;
+  if (fd_ < 0 || ::fstat(fd_, &is) != 0 || !S_ISREG(is.st_mode)) return;
+  std::error_code error;
+  const std::string path = std::filesystem::absolute(path_, error).string();
+  std::ifstream file(beginning(folder));
+  const Json before = file ? Json::parse(file, nullptr, false) : Json();
+  if (before.is_object() && before.value("metrics", Json()) == Json(path) && before.value("bytes", Json()).is_number_integer() && before["bytes"] <= static_cast<int64_t>(is.st_size)) return keep(before["bytes"]);
+  checkpoint::write_file(beginning(folder), Json{{"metrics", path}, {"bytes", static_cast<int64_t>(is.st_size)}}.dump() + "\n");
+}
 
-void Metrics::forget_unfinished(const recipe::Recipe& r, int64_t last_iter) { forget(r, 0, last_iter); }
+void Metrics::ended(const std::string& folder) {
+  std::error_code ignored;
+  std::filesystem::remove(beginning(folder), ignored);
+}
 
 // The reference's formula (full attention, activation checkpointing on), so that figures can be laid side by side.
 double Metrics::teraflops(const StepFigures& f) const {
@@ -75,10 +100,29 @@ double Metrics::teraflops(const StepFigures& f) const {
   return (8 * weights * static_cast<double>(f.tokens) + 16 * f.sum_squared_lengths * H * N * L) / 1e12;
 }
 
-void Metrics::write(const Json& line) {
-  file_ << line.dump() << "\n" << std::flush;
-  ULY_USER_CHECK(file_.good(), "{}: no room on disk for the metrics", path_);
+bool Metrics::write_pending() {
+  while (!pending_.empty()) {
+    const ssize_t n = ::write(fd_, pending_.data(), pending_.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return false;
+    pending_.erase(0, static_cast<size_t>(n));  // a line that is half there is made whole by what follows
+  }
+  return true;
 }
+
+void Metrics::write(const Json& line) {
+  pending_ += line.dump() + "\n";
+  const bool written = write_pending();
+  if (!written && !failing_) say("METRICS CANNOT BE WRITTEN to {}: {}; the lines are kept, and training goes on", path_, std::strerror(errno));
+  if (written && failing_) say("metrics are written to {} again", path_);
+  failing_ = !written;
+}
+
+void Metrics::sync() {
+  if (fd_ >= 0) ::fdatasync(fd_);
+}
+
+void Metrics::finish() { ULY_USER_CHECK(fd_ < 0 || write_pending(), "{}: no room on disk for the metrics", path_); }
 
 void Metrics::evaluation(const EvalFigures& f, bool speaks) {
   if (on_) write({{"epoch", f.epoch}, {"eval_loss", f.loss}, {"eval_time", f.seconds}, {"iter", f.iter}, {"tokens", f.tokens}, {"trained_tokens", f.trained_tokens}});

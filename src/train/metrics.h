@@ -3,7 +3,6 @@
 
 #include <chrono>
 #include <cstdint>
-#include <fstream>
 #include <string>
 
 #include "base/json.h"
@@ -36,25 +35,39 @@ class Metrics {
  public:
   // Creates the file's folder, appends to the file. `total_steps` and `ranks` are for progress and per-rank figures.
   Metrics(const recipe::Recipe& recipe, const models::Spec& spec, int64_t total_steps, int64_t ranks, bool on);
+  ~Metrics();
+  Metrics(const Metrics&) = delete;
+  Metrics& operator=(const Metrics&) = delete;
 
   // Takes back what a run has told of later steps, before it goes on from this one. Lines of runs before it stay.
-  static void forget_after(const recipe::Recipe& recipe, int64_t iter);
-  // Takes back what a run has told that ended before `last_iter` and left no state, as this one begins where that began.
-  static void forget_unfinished(const recipe::Recipe& recipe, int64_t last_iter);
+  void forget_after(int64_t iter);
+  // A run that begins: takes back what was told by an earlier start of the same run that left no state. `folder`, where its states will
+  // be, remembers until `ended` where in the file it began.
+  void begin_in(const std::string& folder);
+  void ended(const std::string& folder);
 
   void step(const StepFigures& f);
   // `speaks`: on the terminal too, also where steps have no metrics.
   void evaluation(const EvalFigures& f, bool speaks);
 
+  // To the disk: before a state is saved that counts these steps as told.
+  void sync();
+  // Writes what could not be written; throws UserError where that is so still.
+  void finish();
+
  private:
   double teraflops(const StepFigures& f) const;
   void write(const Json& line);
+  bool write_pending();  // whether all is written
+  void keep(int64_t bytes);
 
   const models::Spec& spec_;
   int64_t total_steps_, ranks_;
   bool first_, on_;
   std::string path_;
-  std::ofstream file_;
+  int fd_ = -1;
+  std::string pending_;  // lines for which there was no room
+  bool failing_ = false;
   std::chrono::steady_clock::time_point begin_;
   int64_t seen_ = 0;
 };

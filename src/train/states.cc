@@ -130,7 +130,7 @@ void Saver::save(const recipe::Checkpoint& c, const Progress& progress, const Js
       checkpoint::make_folder(checkpoint::incomplete_name(save.folder));
     });
   } catch (const UserError& e) {
-    return failed(save.folder, e.what());
+    return failed(e.what());
   }
   const int64_t ranks = std::max<int64_t>(1, s_.machine().local_ranks), bytes = elements_of(save.parts) * static_cast<int64_t>(sizeof(float));
   const int64_t room = host_memory().obtainable_bytes / ranks - kLeave;
@@ -179,7 +179,7 @@ void Saver::publish() {
     if (error.empty()) error = rank.at("error");
     files.push_back(rank.at("file"));
   }
-  if (!error.empty()) return failed(save.folder, error);
+  if (!error.empty()) return failed(error);
   save.publishing = true;
   if (!s_.first()) return;
   save.done = false;
@@ -201,22 +201,25 @@ void Saver::publish() {
 
 void Saver::conclude() {
   const std::string error = s_.world().all().exchange(save_->error)[0];
-  if (!error.empty()) return failed(save_->folder, error);
+  if (!error.empty()) return failed(error);
   if (s_.first()) say("saved {}", save_->folder);
   save_.reset();
 }
 
-void Saver::failed(const std::string& folder, const std::string& why) {
-  ++failures_;
-  if (s_.first()) {
-    say("SAVING {} FAILED: {}; training goes on, and what was saved before stands", folder, why);
-    try {
-      checkpoint::remove_folder(checkpoint::incomplete_name(folder));
-    } catch (const UserError&) {
-      // its disk may be what failed
-    }
-  }
+void Saver::failed(const std::string& why) {
+  tell_failure(save_->folder, why);
   save_.reset();
+}
+
+void Saver::tell_failure(const std::string& folder, const std::string& why) {
+  ++failures_;
+  if (!s_.first()) return;
+  say("SAVING {} FAILED: {}; training goes on, and what was saved before stands", folder, why);
+  try {
+    checkpoint::remove_folder(checkpoint::incomplete_name(folder));
+  } catch (const UserError&) {
+    // its disk may be what failed
+  }
 }
 
 // --- going on
@@ -245,6 +248,7 @@ std::optional<Resumed> resume(Session& s, const recipe::Checkpoint& c, bool rest
   comm::Group& all = s.world().all();
   const std::vector<std::string> folders = Json::parse(all.exchange(s.first() ? Json(checkpoint::find_states(c.output_dir)).dump() : "[]")[0]).get<std::vector<std::string>>();
   const std::vector<checkpoint::StatePart> parts = parts_of(s);
+  std::vector<std::string> not_whole;
   for (const std::string& folder : folders) {
     std::string damaged, refused;
     Json manifest;
@@ -263,6 +267,8 @@ std::optional<Resumed> resume(Session& s, const recipe::Checkpoint& c, bool rest
       });
     } catch (const checkpoint::DamagedState& e) {
       damaged = e.what();
+    } catch (const Json::exception&) {
+      damaged = folder + ": its manifest is not complete";
     } catch (const UserError& e) {
       refused = e.what();
     }
@@ -272,10 +278,14 @@ std::optional<Resumed> resume(Session& s, const recipe::Checkpoint& c, bool rest
     for (const std::string& why : all.exchange(damaged))
       if (first.empty()) first = why;
     if (first.empty()) {
+      if (s.first())
+        for (const std::string& other : not_whole)
+          if (const std::string aside = checkpoint::set_aside(other); !aside.empty()) say("{} is {} now: remove it when nobody needs it", other, fs::path(aside).filename().string());
       Progress progress{.steps = manifest.at("step"), .consumed = restart_data ? 0 : manifest.at("consumed").get<int64_t>(), .skipped = manifest.value("skipped", int64_t{0})};
       return Resumed{progress, std::move(manifest), folder};
     }
     if (s.first()) say("DAMAGED: {}: not used", first);
+    not_whole.push_back(folder);
   }
   ULY_USER_CHECK(folders.empty(), "{}: none of the {} states there is whole: move them away to begin anew", c.output_dir, folders.size());
   return std::nullopt;

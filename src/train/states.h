@@ -39,6 +39,8 @@ class Saver {
   void finish();
 
   int64_t failures() const { return failures_; }
+  // Tells and counts what could not be saved, a model too, and removes what there is of it.
+  void tell_failure(const std::string& folder, const std::string& why);
 
  private:
   struct Save;
@@ -46,7 +48,7 @@ class Saver {
   void go_on();
   void publish();
   void conclude();
-  void failed(const std::string& folder, const std::string& why);
+  void failed(const std::string& why);
 
   Session& s_;
   std::unique_ptr<Save> save_;
