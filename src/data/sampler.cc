@@ -33,10 +33,10 @@ int64_t Sampler::count(int64_t consumed) const {
   return std::min(rules_.samples_a_step(), epoch_size() - at.first);
 }
 
-int64_t Sampler::steps(int64_t consumed) const {
-  if (rules_.first_batch_only) return ceil_div(consumed, std::min(rules_.samples_a_step(), epoch_size()));
+int64_t Sampler::steps(int64_t consumed, int64_t samples_a_step) const {
+  if (rules_.first_batch_only) return ceil_div(consumed, std::min(samples_a_step, epoch_size()));
   const Position at = position(consumed);
-  return (at.epoch + 1) * steps_per_epoch() - ceil_div(epoch_size() - at.first, rules_.samples_a_step());
+  return (at.epoch + 1) * ceil_div(epoch_size(), samples_a_step) - ceil_div(epoch_size() - at.first, samples_a_step);
 }
 
 Sampler::Window Sampler::window(int64_t consumed) {

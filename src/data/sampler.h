@@ -33,9 +33,9 @@ class Sampler {
   };
   Position position(int64_t consumed) const { return {consumed / epoch_size(), consumed % epoch_size()}; }
 
-  int64_t steps_per_epoch() const { return ceil_div(epoch_size(), rules_.samples_a_step()); }
-  // Steps of this size after which as many samples have been consumed, or the first that are more.
-  int64_t steps(int64_t consumed) const;
+  int64_t samples_a_step() const { return rules_.samples_a_step(); }
+  // Steps of that many samples after which as many have been consumed, or the first that are more.
+  int64_t steps(int64_t consumed, int64_t samples_a_step) const;
 
   // Samples of every micro-batch of the step that begins there: [micro-batch][replica][sample]. All replicas have the same number of
   // micro-batches; where samples have run out, a replica's is empty. An epoch's last step ends with it and may be smaller.

@@ -279,7 +279,7 @@ void Loop::save(const recipe::Checkpoint& c) {
   const std::string folder = save_folder(c, steps_);
   if (!saved_.insert(folder).second) return;
   metrics_.sync();
-  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"samples", s_.plan().train.packs->size()}, {"data", s_.plan().train.file->fingerprint()}, {"epoch_size", sampler_.epoch_size()}});
+  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"samples", s_.plan().train.packs->size()}, {"data", s_.plan().train.file->fingerprint()}, {"epoch_size", sampler_.epoch_size()}, {"samples_a_step", sampler_.samples_a_step()}, {"schedule_step", steps_ - more_steps_}});
   s_.flush();
   try {
     save_hub(s_, folder);
@@ -302,8 +302,12 @@ Progress Loop::resume_if_asked() {
     const int64_t epoch_before = found->facts.value("epoch_size", sampler_.epoch_size());
     ULY_USER_CHECK(job_.restart_data || epoch_before == sampler_.epoch_size(), "{}: an epoch had {} samples when it was saved, and has {} (min_iterations, with a step of another size): which have been seen is not known then; expected the same, or --restart-data to begin the data anew", found->folder, format_count(epoch_before), format_count(sampler_.epoch_size()));
     // Where epochs are counted, a step of another size changes how many are left, and where in the schedule the next one is.
-    if (r_.train_iters == 0 && !job_.restart_data) more_steps_ = found->progress.steps - sampler_.steps(found->progress.consumed);
-    if (s_.first() && more_steps_ != 0) say("the size of a step has changed: {} steps are left of {} epochs, and the learning rate goes on from where as many samples are at that size", format_count(s_.plan().horizon - (found->progress.steps - more_steps_)), r_.epochs);
+    const int64_t steps = found->progress.steps, scheduled = found->facts.value("schedule_step", steps), size = sampler_.samples_a_step(), size_before = found->facts.value("samples_a_step", size);
+    more_steps_ = steps - scheduled;
+    if (size != size_before && r_.train_iters == 0 && !job_.restart_data) {
+      more_steps_ -= sampler_.steps(found->progress.consumed, size) - sampler_.steps(found->progress.consumed, size_before);
+      if (s_.first()) say("a step had {} samples when it was saved, and has {}: {} steps are left of {} epochs, and the learning rate goes on from where as many samples are at this size", format_count(size_before), format_count(size), format_count(s_.plan().horizon + more_steps_ - steps), r_.epochs);
+    }
     if (s_.first()) {
       say("going on from {}: step {}, {} samples seen{}", found->folder, format_count(found->progress.steps), format_count(found->facts.at("consumed").get<int64_t>()), job_.restart_data ? "; the data begins anew" : "");
     }
