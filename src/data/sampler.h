@@ -34,7 +34,7 @@ class Sampler {
   Position position(int64_t consumed) const { return {consumed / epoch_size(), consumed % epoch_size()}; }
 
   int64_t samples_a_step() const { return rules_.samples_a_step(); }
-  // Steps of that many samples after which as many have been consumed, or the first that are more.
+  // Steps of that many samples that have been made when no more are left to make of this epoch than its other samples take.
   int64_t steps(int64_t consumed, int64_t samples_a_step) const;
 
   // Samples of every micro-batch of the step that begins there: [micro-batch][replica][sample]. All replicas have the same number of

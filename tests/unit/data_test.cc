@@ -82,6 +82,16 @@ TEST(SamplerTest, ARunThatGoesOnWithOtherRanksRepeatsAndSkipsNone) {
       }
 }
 
+TEST(SamplerTest, StepsAreWhatTheSamplesTook) {
+  for (const int64_t accumulation : {1, 2, 4, 30}) {
+    Sampler sampler({.num_samples = 23, .replicas = 2, .accumulation_steps = accumulation});
+    const int64_t size = sampler.samples_a_step();
+    int64_t consumed = 0;
+    for (int64_t step = 0; step < 60; ++step, consumed += sampler.count(consumed)) EXPECT_EQ(sampler.steps(consumed, size), step);
+    EXPECT_EQ(sampler.steps(23 + 5, 4), 6 + 1) << "an epoch of 6, then one that leaves the 5 that 18 samples take";
+  }
+}
+
 TEST(SamplerTest, MinStepsRepeatsSamplesWithinAnEpoch) {
   Sampler sampler({.num_samples = 3, .replicas = 2, .accumulation_steps = 2, .min_steps = 5});
   EXPECT_EQ(sampler.epoch_size(), 20);
