@@ -36,7 +36,7 @@ from ulysses_plus.errors import UserError, one_line, run
 from ulysses_plus.fetch import TOKENIZER_PATTERNS, fetch
 
 # Raise it when the same request would give other tokens or flags than before.
-VERSION = 3
+VERSION = 4
 
 
 def prepare(request):
