@@ -3,6 +3,7 @@
 import json
 import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
 
 from ulysses_plus.errors import UserError, one_line
 from ulysses_plus.spans import EMPTY_THINK, PLAIN, PRIVATE, THINKS, placeholder, shape_of, skeleton_of, spans_of, thought
@@ -39,7 +40,10 @@ class ChatTokenizer:
             )
         self.tokenizer = tokenizer
         # Whether there are tools -> the template and whether it marks what the assistant said.
-        self.x_templates = {bool(tools): (template, bool(_MARKS.search(template))) for tools in (None, [{}]) for template in [tokenizer.get_chat_template(tools=tools)]}
+        self.x_templates = {}
+        for tools in (None, [{}]):
+            template = tokenizer.get_chat_template(tools=tools)
+            self.x_templates[bool(tools)] = template, bool(_MARKS.search(template))
         self.mask_inputs = mask_inputs
         self.ignore_empty_think = ignore_empty_think
         # Tokens that steer a template: never made from what somebody wrote in a message.
@@ -79,9 +83,9 @@ class ChatTokenizer:
         if any(name in described for name in self.x_control):
             raise UserError(f"{at}: tools: a description spells out a special token, which the model would take for one: remove it")
         spelled = [i for i, content in enumerate(contents) if any(name in content for name in self.x_control)]
-        self._check_other_keys(messages, [i for i in calling if i in spelled], at)
-        unmarked = answering if self.mask_inputs and not by_marks else []
-        wanted = sorted({*spelled, *unmarked})
+        self._check_other_keys(messages, calling, at)
+        unmarked = set(answering if self.mask_inputs and not by_marks else ())
+        wanted = sorted(unmarked.union(spelled))
         spans = self._spans(text, messages, wanted, unmarked, calling, described, at, tools) if wanted else []
         answers = marks if by_marks else [(first, last) for i, first, last in spans if i in unmarked]
         ids, offsets = self._tokenise(text, [(first, last) for i, first, last in spans if i not in calling] if spelled else None, at)
@@ -136,11 +140,12 @@ class ChatTokenizer:
                 continue
         return None
 
-    def _check_other_keys(self, messages, calling_and_spelled, at):
+    def _check_other_keys(self, messages, calling, at):
+        """Special tokens are text in contents alone, and not in one whose turn holds the special tokens of calls."""
         for i, message in enumerate(messages):
-            for key in message if len(message) > 2 else ():
-                value = message[key] if key not in ("role", "content") else message["content"] if i in calling_and_spelled else ""
-                if any(name in json.dumps(value, ensure_ascii=False, default=str) for name in self.x_control):
+            for key, value in message.items() if len(message) > 2 else ():
+                own = key == "role" or (key == "content" and i not in calling)
+                if not own and any(name in json.dumps(value, ensure_ascii=False, default=str) for name in self.x_control):
                     raise UserError(f"{at}: {key}: spells out a special token, which the model would take for one: remove it")
 
     def _spans(self, text, messages, wanted, answering, calling, described, at, tools):
@@ -151,8 +156,9 @@ class ChatTokenizer:
         """
         contents = [message["content"] or "" for message in messages]
         skeleton = self._skeleton(messages, contents, tools, described)
-        if skeleton is not None and all(skeleton.order.count(i) == 1 for i in answering):
-            spans, _ = spans_of(text, contents, skeleton)
+        if skeleton is not None:
+            counts = Counter(skeleton.order)
+            spans, _ = spans_of(text, contents, skeleton) if all(counts[i] == 1 for i in answering) else (None, None)
             if spans is not None:
                 return spans
         if any(mark in text for mark in PRIVATE):
@@ -162,19 +168,27 @@ class ChatTokenizer:
             if i not in calling:
                 replaced[i], shapes[i], thoughts[i] = _replaced(messages[i], i, at)
         skeleton = self._learnt(replaced, shapes, at, tools)
-        for i in answering:
-            count = 0 if skeleton is None else skeleton.order.count(i)
-            if i not in calling and count != 1:
-                raise _lost(contents[i], at) if count == 0 else UserError(
-                    f"{at}: expected the assistant's text {_quoted(contents[i])} once in what the chat template rendered, found it {count} times: "
+        if skeleton is None and any(thoughts.values()):
+            raise UserError(
+                f"{at}: expected the assistant's thinking between <think> and </think> in what the chat template rendered, found it elsewhere: "
+                "write it as text into the message's content, or use another chat template"
+            )
+        counts = Counter(skeleton.order if skeleton is not None else ())
+        for i in sorted(answering.difference(calling)):
+            if counts[i] == 0:
+                raise _lost(contents[i], at)
+            if counts[i] > 1:
+                raise UserError(
+                    f"{at}: expected the assistant's text {_quoted(contents[i])} once in what the chat template rendered, found it {counts[i]} times: "
                     "use another chat template or remove the sample"
                 )
-        spans, stray = spans_of(text, contents, skeleton, thoughts) if skeleton is not None else (None, wanted[0])
+        spans, stray = spans_of(text, contents, skeleton, thoughts) if skeleton is not None else (None, None)
+        if spans is None and stray in answering:
+            raise _lost(contents[stray], at)
         if spans is None:
-            if stray is None or stray in answering:
-                raise _lost(contents[answering[0] if stray is None else stray], at)
             raise UserError(f"{at}: a message spells out a special token, and the chat template changed that message: remove it")
-        return sorted([*spans, *(self._turn_with_calls(text, messages, i, at, tools) for i in calling if i in answering)], key=lambda span: span[1:])
+        called = [self._turn_with_calls(text, messages, i, at, tools) for i in calling if i in answering]
+        return sorted([*spans, *called], key=lambda span: span[1:])
 
     def _skeleton(self, messages, contents, tools, described):
         shape = tuple((m["role"], shape_of(content) if m["role"] == "assistant" else PLAIN) for m, content in zip(messages, contents))
@@ -245,7 +259,9 @@ def _replaced(message, i, at):
     """Returns (the message with placeholders for what it says, its shape, its thinking under a key of its own or None)."""
     content, replaced, said = message["content"] or "", dict(message), None
     for key in THINKING if message["role"] == "assistant" else ():
-        if isinstance(message.get(key), str) and message[key].strip():
+        if not isinstance(message.get(key, ""), str):
+            raise UserError(f"{at}: expected text in {key}, found {type(message[key]).__name__}: correct the sample")
+        if message.get(key, "").strip():
             replaced[key] = thought(i)
             said = message[key] if said is None else said
     shape = PLAIN if message["role"] != "assistant" else shape_of(content) if said is None else THINKS

@@ -24,7 +24,7 @@ class Skeleton:
 
     pieces: list    # n + 1 texts
     order: list     # which message stands in each place; one may stand in several or in none
-    kept: list      # for each place whether the message's thinking is rendered
+    kept: list      # for each place whether the message's thinking is rendered; None for a plain message
 
 
 def shape_of(content):
@@ -57,7 +57,7 @@ def skeleton_of(text, shapes):
         elif shapes[i] == THINKS_NOTHING and (thinking := _ENDS_WITH_EMPTY_THINK.search(before)):
             cut = thinking.start()
         order.append(i)
-        kept.append(cut is not None)
+        kept.append(cut is not None if shapes[i] != PLAIN else None)
         pieces.append(before if cut is None or cut < 0 else before[:cut])
     pieces.append(text[cursor:])
     return Skeleton(pieces, order, kept) if not any(mark in piece for piece in pieces for mark in PRIVATE) else None
@@ -89,26 +89,20 @@ def _end_at(text, cursor, content, apart, kept, after):
     """Where the message ends that begins at `cursor` in one of its forms, with `after` behind it; None where it does not.
 
     apart   its thinking, where that is no part of `content`
-    kept    whether its thinking is rendered
+    kept    whether its thinking is rendered; None without any
     """
-    inner, answer = (apart, content) if apart is not None else _parted(content)
+    inner, answer = (apart, content) if apart is not None else (None, content) if kept is None else _THINK.fullmatch(content).groups()
     whole = answer if not kept else content if apart is None else None
     for form in _forms(whole) if whole is not None else ():
         end = cursor + len(form)
         if text.startswith(form, cursor) and text.startswith(after, end):
             return end
-    if inner is None or not kept:
+    if not kept:
         return None
     trailing = answer[len(answer.rstrip()):] if answer.strip() else ""
     pattern = rf"<think>\s*{re.escape(inner.strip())}\s*</think>\s*{re.escape(answer.strip())}(?:{re.escape(trailing)})?(?={re.escape(after)})"
     found = re.compile(pattern).match(text, cursor)
     return found and found.end()
-
-
-def _parted(content):
-    """(thinking, answer); thinking is None where there is none."""
-    thinking = _THINK.fullmatch(content)
-    return thinking.groups() if thinking else (None, content)
 
 
 def _forms(content):
