@@ -3,20 +3,26 @@
 import json
 import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
 
 from ulysses_plus.errors import UserError, one_line
-from ulysses_plus.spans import EMPTY_THINK, PLAIN, message_spans, placeholder, shape_of, skeleton_of
+from ulysses_plus.spans import EMPTY_THINK, PLAIN, PRIVATE, THINKS, placeholder, shape_of, skeleton_of, spans_of, thought
 
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Keys of a message, beside role and content, that hold what the assistant says: calls of functions, and thinking under its three names.
+CALLS = ("tool_calls", "function_call")
+THINKING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTokenizer:
     """Renders, tokenises and marks conversations.
 
-    What the assistant said is where the template says so ({% generation %}), else where its text is found.
+    What the assistant said is where the template says so ({% generation %}), else its text as the template shows it, with
+    the thinking that the template writes before it and the calls of functions that it writes into the same turn.
 
-    tokenizer   a fast Transformers tokenizer with a chat template; raises UserError else, naming `name`
+    tokenizer   a fast Transformers tokenizer with a chat template; of several templates those that Transformers would take,
+                `default` and, with tools, `tool_use`; raises UserError else, naming `name`
     """
 
     def __init__(self, tokenizer, name, mask_inputs=True, ignore_empty_think=False):
@@ -27,9 +33,17 @@ class ChatTokenizer:
                 f"{name}: expected a tokenizer with a chat template, found none: use an instruct model's tokenizer "
                 "(tokenizer.name_or_path)"
             )
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise UserError(
+                f"{name}: expected a chat template named default among the tokenizer's, found {', '.join(sorted(tokenizer.chat_template))}: "
+                "name one of them default in its files"
+            )
         self.tokenizer = tokenizer
-        self.x_template = tokenizer.get_chat_template()
-        self.x_has_marks = bool(_MARKS.search(self.x_template))
+        # Whether there are tools -> the template and whether it marks what the assistant said.
+        self.x_templates = {}
+        for tools in (None, [{}]):
+            template = tokenizer.get_chat_template(tools=tools)
+            self.x_templates[bool(tools)] = template, bool(_MARKS.search(template))
         self.mask_inputs = mask_inputs
         self.ignore_empty_think = ignore_empty_think
         # Tokens that steer a template: never made from what somebody wrote in a message.
@@ -43,31 +57,38 @@ class ChatTokenizer:
     def encode(self, turns, at, tools=None):
         """Returns (ids, flags, assistant): a list and a bytearray of equal length, and whether anybody answered.
 
-        turns   [(role, text), ...]
+        turns   [(role, text) or (role, text, the message's other keys), ...]
         tools   what the template is told of functions that can be called: a list of JSON-like dicts
         flags   1 where the token is a target: with mask_inputs what the template marks as generated or, without marks,
                 the assistant's text and the one token after it; else all; never the first token
         at      names the sample in errors
-        Raises UserError when the template refuses the conversation or an answer is not found in what it rendered.
+        Raises UserError when the template refuses the conversation, leaves out or changes an answer or leaves out calls.
         """
-        text, marks = self._render(turns, at, tools)
+        messages = [{**(more[0] if more else {}), "role": role, "content": content} for role, content, *more in turns]
+        contents = [message["content"] for message in messages]
+        answering = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        calling = [i for i in answering if any(key in messages[i] for key in CALLS)]
+        text, marks = self._render(messages, at, tools)
+        if calling:
+            messages, text, marks = self._with_calls(messages, text, marks, calling, at, tools)
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise UserError(f"{at}: expected text, found half of a surrogate pair, {text[error.start]!r}: correct or remove the sample") from error
-        answered = any(role == "assistant" for role, _ in turns)
-        by_marks = self.x_has_marks and self.mask_inputs
-        if by_marks and not any(first < last for first, last in marks) and any(role == "assistant" and content.strip() for role, content in turns):
+        by_marks = self.x_templates[bool(tools)][1] and self.mask_inputs
+        if by_marks and not any(first < last for first, last in marks) and any(contents[i].strip() for i in answering):
             raise UserError(f"{at}: expected the chat template to mark the assistant's text (generation), found no mark: correct the template or remove the sample")
-        contents = [content for _, content in turns]
-        spelled = any(name in content for content in contents for name in self.x_control)
         described = json.dumps(tools, ensure_ascii=False) if tools else ""
         if any(name in described for name in self.x_control):
             raise UserError(f"{at}: tools: a description spells out a special token, which the model would take for one: remove it")
-        spans = message_spans(text, contents, self._skeleton(turns, tools, described)) if spelled or (self.mask_inputs and not by_marks) else []
-        answers = marks if by_marks else self._answers(turns, spans, at) if self.mask_inputs else []
-        ids, offsets = self._tokenise(text, contents, spans if spelled else None, at)
+        spelled = [i for i, content in enumerate(contents) if any(name in content for name in self.x_control)]
+        self._check_other_keys(messages, calling, at)
+        unmarked = set(answering if self.mask_inputs and not by_marks else ())
+        wanted = sorted(unmarked.union(spelled))
+        spans = self._spans(text, messages, wanted, unmarked, calling, described, at, tools) if wanted else []
+        answers = marks if by_marks else [(first, last) for i, first, last in spans if i in unmarked]
+        ids, offsets = self._tokenise(text, [(first, last) for i, first, last in spans if i not in calling] if spelled else None, at)
         if not self.mask_inputs:
             flags = bytearray(b"\1") * len(ids)
         else:
@@ -75,46 +96,131 @@ class ChatTokenizer:
             flags = (marked_flags if by_marks else flags_of)(text, offsets, answers)
         if flags:
             flags[0] = 0
-        return ids, flags, answered
+        return ids, flags, bool(answering)
 
-    def _answers(self, turns, spans, at):
-        for (role, content), span in zip(turns, spans):
-            if role == "assistant" and span is None:
-                raise UserError(
-                    f"{at}: expected the assistant's text {one_line(repr(content), 40)} in what the chat template "
-                    "rendered, found it changed or left out: use another chat template or remove the sample"
-                )
-        return [span for (role, _), span in zip(turns, spans) if role == "assistant"]
-
-    def _render(self, turns, at, tools):
+    def _render(self, messages, at, tools):
         """Returns (text, the parts of it that the template marks as the assistant's): character offsets."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [{"role": role, "content": content} for role, content in turns]
+        template, has_marks = self.x_templates[bool(tools)]
         try:
             texts, marks = render_jinja_template(
-                [messages], tools=tools, chat_template=self.x_template, return_assistant_tokens_mask=self.x_has_marks, **self.tokenizer.special_tokens_map
+                [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=has_marks, **self.tokenizer.special_tokens_map
             )
-            return texts[0], [tuple(mark) for mark in marks[0]] if self.x_has_marks else []
+            return texts[0], [tuple(mark) for mark in marks[0]] if has_marks else []
         except Exception as error:
-            roles = ", ".join(dict.fromkeys(role for role, _ in turns))
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise UserError(
                 f"{at}: the chat template refused the conversation ({one_line(error, 160)}), whose roles are {roles}: "
                 "correct the sample or use another template"
             ) from error
 
-    def _skeleton(self, turns, tools, described):
-        shape = tuple((role, shape_of(content) if role == "assistant" else PLAIN) for role, content in turns)
+    def _with_calls(self, messages, text, marks, calling, at, tools):
+        """Returns (messages, text, marks) in which the template shows each call: some do beside a content of null only."""
+        unseen = self._unseen(messages, text, calling, at, tools)
+        if unseen is not None and any(not messages[i]["content"] for i in calling):
+            messages = [{**m, "content": None} if i in calling and not m["content"] else m for i, m in enumerate(messages)]
+            text, marks = self._render(messages, at, tools)
+            unseen = self._unseen(messages, text, calling, at, tools)
+        if unseen is not None:
+            found = next(key for key in CALLS if key in messages[unseen])
+            raise UserError(
+                f"{at}: expected a chat template that shows {found}, found one that leaves them out: use another chat template, or write "
+                "the calls as text into the message's content, as the model is to say them"
+            )
+        return messages, text, marks
+
+    def _unseen(self, messages, text, calling, at, tools):
+        """The first message whose calls do not matter to what the template renders; None without."""
+        for i in calling:
+            try:
+                if self._render(_with(messages, i, _without_calls(messages[i])), at, tools)[0] == text:
+                    return i
+            except UserError:    # it cannot do without them
+                continue
+        return None
+
+    def _check_other_keys(self, messages, calling, at):
+        """Special tokens are text in contents alone, and not in one whose turn holds the special tokens of calls."""
+        for i, message in enumerate(messages):
+            for key, value in message.items() if len(message) > 2 else ():
+                own = key == "role" or (key == "content" and i not in calling)
+                if not own and any(name in json.dumps(value, ensure_ascii=False, default=str) for name in self.x_control):
+                    raise UserError(f"{at}: {key}: spells out a special token, which the model would take for one: remove it")
+
+    def _spans(self, text, messages, wanted, answering, calling, described, at, tools):
+        """Returns [(message, start, end), ...] of at least the messages `wanted` that are in `text`, ascending; each of `answering` once.
+
+        First with the skeleton of all conversations of such roles. Where the template's own text depends on what is said, with one of this
+        conversation in which only what is wanted is replaced.
+        """
+        contents = [message["content"] or "" for message in messages]
+        skeleton = self._skeleton(messages, contents, tools, described)
+        if skeleton is not None:
+            counts = Counter(skeleton.order)
+            spans, _ = spans_of(text, contents, skeleton) if all(counts[i] == 1 for i in answering) else (None, None)
+            if spans is not None:
+                return spans
+        if any(mark in text for mark in PRIVATE):
+            raise UserError(f"{at}: a message holds one of the private characters U+E0F3 and U+E0F7, which stand for messages here: remove it")
+        thoughts, shapes, replaced = {}, {}, list(messages)
+        for i in wanted:
+            if i not in calling:
+                replaced[i], shapes[i], thoughts[i] = _replaced(messages[i], i, at)
+        skeleton = self._learnt(replaced, shapes, at, tools)
+        if skeleton is None and any(thoughts.values()):
+            raise UserError(
+                f"{at}: expected the assistant's thinking between <think> and </think> in what the chat template rendered, found it elsewhere: "
+                "write it as text into the message's content, or use another chat template"
+            )
+        counts = Counter(skeleton.order if skeleton is not None else ())
+        for i in sorted(answering.difference(calling)):
+            if counts[i] == 0:
+                raise _lost(contents[i], at)
+            if counts[i] > 1:
+                raise UserError(
+                    f"{at}: expected the assistant's text {_quoted(contents[i])} once in what the chat template rendered, found it {counts[i]} times: "
+                    "use another chat template or remove the sample"
+                )
+        spans, stray = spans_of(text, contents, skeleton, thoughts) if skeleton is not None else (None, None)
+        if spans is None and stray in answering:
+            raise _lost(contents[stray], at)
+        if spans is None:
+            raise UserError(f"{at}: a message spells out a special token, and the chat template changed that message: remove it")
+        called = [self._turn_with_calls(text, messages, i, at, tools) for i in calling if i in answering]
+        return sorted([*spans, *called], key=lambda span: span[1:])
+
+    def _skeleton(self, messages, contents, tools, described):
+        shape = tuple((m["role"], shape_of(content) if m["role"] == "assistant" else PLAIN) for m, content in zip(messages, contents))
         key = shape, described
         if key not in self.x_skeletons:
             if len(self.x_skeletons) > 4096:
                 self.x_skeletons.clear()
-            try:
-                text, _ = self._render([(role, placeholder(i, kind)) for i, (role, kind) in enumerate(shape)], "", tools)
-                self.x_skeletons[key] = skeleton_of(text, [kind for _, kind in shape])
-            except UserError:
-                self.x_skeletons[key] = None
+            stand_ins = [{"role": role, "content": placeholder(i, kind)} for i, (role, kind) in enumerate(shape)]
+            self.x_skeletons[key] = self._learnt(stand_ins, {i: kind for i, (_, kind) in enumerate(shape)}, "", tools)
         return self.x_skeletons[key]
+
+    def _learnt(self, messages, shapes, at, tools):
+        try:
+            return skeleton_of(self._render(messages, at, tools)[0], shapes)
+        except UserError:
+            return None
+
+    def _turn_with_calls(self, text, messages, i, at, tools):
+        """Returns (i, start, end) of all that the template shows of a message with calls: what stands where a text alone would."""
+        stand_in, shape, _ = _replaced(_without_calls(messages[i]), i, at)
+        skeleton = self._learnt(_with(messages, i, stand_in), {i: shape}, at, tools)
+        if skeleton is not None and skeleton.order == [i]:
+            before, after = skeleton.pieces
+            before = before if text.startswith(before) else before.rstrip()
+            first, last = len(before), len(text) - len(after)
+            said = (messages[i]["content"] or "").rpartition("</think>")[2].strip()
+            if first < last and text.startswith(before) and text.endswith(after) and said in text[first:last]:
+                return i, first, last
+        raise UserError(
+            f"{at}: expected the calls of message {i} between the beginning and the end of an assistant's turn, found that the chat template "
+            "writes them or that turn's text otherwise: write the calls as text into the message's content, as the model is to say them"
+        )
 
     def _without_empty_think(self, text, span):
         start, end = span
@@ -123,14 +229,12 @@ class ChatTokenizer:
             start = found.end() if found else start
         return start, end
 
-    def _tokenise(self, text, contents, spans, at):
-        """Returns (ids, character offsets). With `spans` control tokens spelled out inside a message become plain text."""
-        if spans is None:
-            encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-            return encoding.ids, encoding.offsets if self.mask_inputs else []
-        if any(span is None and any(name in content for name in self.x_control) for content, span in zip(contents, spans)):
-            raise UserError(f"{at}: a message spells out a special token, and the chat template changed that message: remove it")
-        return self.tokenise_plainly(text, [span for span in spans if span is not None], at)
+    def _tokenise(self, text, spans, at):
+        """Returns (ids, character offsets). With `spans` control tokens spelled out inside one become plain text."""
+        if spans is not None:
+            return self.tokenise_plainly(text, spans, at)
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets if self.mask_inputs else []
 
     def tokenise_plainly(self, text, spans, at=""):
         """As ordinary tokenisation, but with control tokens inside `spans` read as plain text.
@@ -141,6 +245,39 @@ class ChatTokenizer:
         if self.x_plain is None:
             self.x_plain = _PlainTokenizer(self.tokenizer, self.x_control)
         return self.x_plain.encode(text, spans, at)
+
+
+def _with(messages, i, message):
+    return [*messages[:i], message, *messages[i + 1 :]]
+
+
+def _without_calls(message):
+    return {key: value for key, value in message.items() if key not in CALLS}
+
+
+def _replaced(message, i, at):
+    """Returns (the message with placeholders for what it says, its shape, its thinking under a key of its own or None)."""
+    content, replaced, said = message["content"] or "", dict(message), None
+    for key in THINKING if message["role"] == "assistant" else ():
+        if not isinstance(message.get(key, ""), str):
+            raise UserError(f"{at}: expected text in {key}, found {type(message[key]).__name__}: correct the sample")
+        if message.get(key, "").strip():
+            replaced[key] = thought(i)
+            said = message[key] if said is None else said
+    shape = PLAIN if message["role"] != "assistant" else shape_of(content) if said is None else THINKS
+    replaced["content"] = placeholder(i, PLAIN if said is not None else shape)
+    return replaced, shape, said
+
+
+def _quoted(content):
+    return one_line(repr(content), 40)
+
+
+def _lost(content, at):
+    return UserError(
+        f"{at}: expected the assistant's text {_quoted(content)} in what the chat template rendered, found it changed or left out: "
+        "use another chat template or remove the sample"
+    )
 
 
 class _PlainTokenizer:
@@ -219,11 +356,12 @@ def flags_of(text, offsets, spans):
     """Returns 1 for each token whose characters, white space at its edges aside, lie inside one of `spans`, and for the
     one token right after each span: of an empty one, the token that begins where it stands.
 
-    offsets   (start, end) of each token in `text`, ascending; spans ascending and disjoint
+    offsets   (start, end) of each token in `text`, ascending; spans ascending and disjoint; a token of spaces alone may have
+              nothing between them and stand where it ends (trim_offsets)
     """
     flags = bytearray(len(offsets))
     for first, last in spans:
-        begin, end = (bisect_left(offsets, (place,)) for place in (first, last))
+        begin, end = (_first_from(offsets, place) for place in (first, last))
         flags[begin:end] = b"\1" * (end - begin)
         # Tokens at the edges may stick out, with white space only.
         k = end - 1
@@ -237,6 +375,14 @@ def flags_of(text, offsets, spans):
         if end < len(offsets):
             flags[end] = 1
     return flags
+
+
+def _first_from(offsets, place):
+    """The first token that begins at `place` or later; one without characters at `place` has ended there."""
+    i = bisect_left(offsets, (place,))
+    while i < len(offsets) and offsets[i] == (place, place):
+        i += 1
+    return i
 
 
 def marked_flags(text, offsets, marks):

@@ -36,7 +36,7 @@ from ulysses_plus.errors import UserError, one_line, run
 from ulysses_plus.fetch import TOKENIZER_PATTERNS, fetch
 
 # Raise it when the same request would give other tokens or flags than before.
-VERSION = 3
+VERSION = 4
 
 
 def prepare(request):
@@ -168,9 +168,13 @@ def load_tokenizer(folder, name, at):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{at}: {name}: expected a tokenizer, found one that cannot be read: {type(error).__name__}: {one_line(error, 160)}") from error
+    if tokenizer.is_fast:    # what tokenizer.json says of them is for inference
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def _options(request, sources):

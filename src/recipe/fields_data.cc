@@ -47,7 +47,7 @@ Section source_section(const char* title, SourceList list, const char* split) {
               {.name = "split", .initial = split, .doc = "Which part of it.", .set = into_newest_source(list, &Source::split)},
               {.name = "split_mapping", .kind = kFree, .initial = "{}", .doc = "Other names for splits."},
               {.name = "kwargs", .kind = kFree, .initial = "{}", .doc = "Arguments of `datasets.load_dataset`."},
-              {.name = "role_mapping", .kind = kFree, .doc = "Where each role's text stands: a column, or `list.field.value`. None is needed for well-known data sets and for `messages`, `conversations`, `prompt` with `completion`, and `instruction` with `output` (Alpaca). A column `tools` is shown to the chat template."},
+              {.name = "role_mapping", .kind = kFree, .doc = "Where each role's text stands: a column, or `list.field.value`. None is needed for well-known data sets and for `messages`, `conversations`, `prompt` with `completion`, and `instruction` with `output` (Alpaca). A column `tools` is shown to the chat template, as are all keys of a message; a column `system` precedes messages without a system turn, and Alpaca's `history` its question."},
               {.name = "content_key", .doc = "The field that holds a turn's text; by default the first of content, text, message, value."},
               {.name = "column", .doc = "Column of plain text; by default `text`, or the only one."},
               weight,

@@ -240,7 +240,6 @@ def test_pairs_of_columns_are_a_question_and_an_answer(row, turns):
     ({"prompt": "a"}, {}, "expected the column user for the role user, found the columns prompt"),
     ({"messages": [{"role": "judge", "content": "a"}]}, {}, "sample 3: expected a role among system, user, assistant and tool, found judge"),
     ({"messages": []}, {}, "sample 3: expected a conversation"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, {}, "sample 3: expected a message made of text, found tool_calls"),
     ({"messages": [{"role": "user", "body": "a"}]}, {}, "sample 3: expected a message's text in one of content, text, message, value, found the keys role, body"),
     ({"prompt": "a", "completion": None}, {}, "sample 3: expected the answer in the column completion, found null"),
     ({"user": "a", "assistant": None}, {}, "sample 3: expected the answer in the column assistant, found null"),
