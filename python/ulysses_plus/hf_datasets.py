@@ -46,8 +46,21 @@ def load_local(builder, data_files, split, scratch, where, name, kwargs):
             raise full from error
         if any("corresponds to no data" in str(e) or type(e).__name__ in ("EmptyDataError", "SchemaInferenceError") for e in chain):
             return []
+        if any("BatchSize must be greater than 0" in str(e) for e in chain):
+            raise UserError(f"{where}: {name}: expected rows in each parquet file, found one without: remove it") from error
         generation = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None
         raise UserError(f"{where}: {name}: {one_line(error.__cause__ if generation else error)}") from error
+
+
+def is_parquet_without_rows(path):
+    """Whether a file is parquet and has no rows, which the library cannot read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows == 0
+    except (pyarrow.ArrowException, OSError):
+        return False    # who reads it says what is wrong
 
 
 def files_of(folder, scratch, where, name, kwargs):

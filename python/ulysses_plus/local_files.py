@@ -155,10 +155,15 @@ class Files(_Local):
         if self.x_json:
             return Concatenated([JsonRows(path, os.path.dirname(scratch)) for path in files])
         os.makedirs(scratch, exist_ok=True)
-        files = [file for file in (self._unpacked(path, scratch) for path in files) if os.path.getsize(file)]
+        files = [file for file in (self._unpacked(path, scratch) for path in files) if not self._holds_nothing(file)]
         # As names, not as patterns.
         files = [glob.escape(os.path.abspath(file)) for file in files]
         return hf_datasets.load_local(self.x_builder, {"train": files}, "train", scratch, self.where, self.name, self.kwargs) if files else []
+
+    def _holds_nothing(self, path):
+        if os.path.getsize(path) == 0:
+            return True
+        return self.x_builder == "parquet" and hf_datasets.is_parquet_without_rows(path)
 
     def _unpacked(self, path, scratch):
         if not path.lower().endswith(COMPRESSED):
