@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 from ulysses_plus import hf_datasets
@@ -92,7 +93,7 @@ def _builder_of(path):
 class _Local:
     def __init__(self, where, name, kwargs):
         self.where, self.name = where, name
-        # What loads a split of these files by itself has no say in which split that is.
+        # Two that check_arguments has seen.
         self.kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "streaming")}
         self.x_known = {}    # of each file that was hashed: its state just before, and the hash
 
@@ -108,6 +109,11 @@ class _Local:
                 at = "" if os.path.expanduser(self.name) == path else f": {path}"
                 raise UserError(f"{self.where}: {self.name}{at}: expected a readable file, found {what}") from error
         return self.x_known[path][1]
+
+    def _hash_all(self, paths):
+        # Hashing leaves Python to other threads.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return list(pool.map(self._hash, paths))
 
     def changed(self):
         for path, (before, digest) in self.x_known.items():
@@ -147,7 +153,8 @@ class Files(_Local):
 
     def identity(self, split):
         # How the rows of a JSON file begin and end depends on its suffix.
-        files = [[self._hash(path), *([_is_lines(path)] if self.x_json else [])] for path in self.x_files[split]]
+        paths = self.x_files[split]
+        files = [[digest, _is_lines(path)] if self.x_json else [digest] for path, digest in zip(paths, self._hash_all(paths))]
         return {"builder": self.x_builder, "files": files, "kwargs": hf_datasets.content_of(self.kwargs)}
 
     def rows(self, split, scratch):
@@ -186,7 +193,7 @@ class Folder(_Local):
 
     def identity(self, split):
         # Columns are those of all splits.
-        files = {each: [self._hash(path) for path in paths] for each, paths in self.x_files.items()}
+        files = {each: self._hash_all(paths) for each, paths in self.x_files.items()}
         said = [os.path.join(self.x_path, file) for file in ("README.md", ".huggingface.yaml", "dataset_infos.json")]
         kwargs = {key: value for key, value in hf_datasets.content_of(self.kwargs).items() if key != "data_dir"}
         builder = self.x_path if self.x_path in BUILDERS else None
@@ -210,19 +217,19 @@ class Saved(_Local):
                 raise UserError(f"{where}: {name}: expected a folder of save_to_disk, found no list of splits in {listing}")
             self.splits = splits
 
-    def x_folder_of(self, split):
+    def _folder_of(self, split):
         return self.x_folder if self.splits is None else os.path.join(self.x_folder, split)
 
     def identity(self, split):
-        folder = self.x_folder_of(split)
+        folder = self._folder_of(split)
         # A fingerprint is another each time that the same rows are saved.
         state = {key: value for key, value in self._json(os.path.join(folder, "state.json")).items() if key not in ("_fingerprint", "_split")}
         features = self._json(os.path.join(folder, "dataset_info.json")).get("features")
         arrows = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*.arrow"), recursive=True))
-        return {"saved": {os.path.relpath(path, folder): self._hash(path) for path in arrows}, "state": state, "features": features}
+        return {"saved": {os.path.relpath(path, folder): digest for path, digest in zip(arrows, self._hash_all(arrows))}, "state": state, "features": features}
 
     def rows(self, split, scratch):
-        return hf_datasets.load_saved(self.x_folder_of(split), self.where, self.name)
+        return hf_datasets.load_saved(self._folder_of(split), self.where, self.name)
 
     def _json(self, path):
         self._hash(path)

@@ -37,9 +37,9 @@ from ulysses_plus.conversation import DEFAULT_ROLES, KNOWN_ROLES
 from ulysses_plus.errors import UserError, one_line, run
 from ulysses_plus.fetch import TOKENIZER_PATTERNS, fetch
 
+COUNTS = ("num_samples", "longest", "num_tokens", "num_trained_tokens", "num_skipped", "num_empty")
 # Raise it when the same request would give other tokens or flags than before.
 VERSION = 3
-COUNTS = ("num_samples", "longest", "num_tokens", "num_trained_tokens", "num_skipped", "num_empty")
 
 
 def prepare(request):

@@ -137,7 +137,8 @@ def _name_and_split(name):
         return name, ""
     if found := _NAME_AND_SPLIT.match(name):
         return found[1], found[2]
-    return (name, "") if "://" in name else tuple(name.split(":", 1))
+    first, rest = name.split(":", 1)
+    return (name, "") if "/" in rest else (first, rest)
 
 
 def _split(name, mapping, default):

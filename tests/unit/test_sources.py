@@ -113,6 +113,15 @@ def test_compressed_files_of_any_kind(tmp_path, tokenizer_folder, name, suffix):
         made(tmp_path, tokenizer_folder, packed, name)
 
 
+def test_folders_may_have_odd_names(tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("br[1] x", ".hidden/__y__", "col:on"):
+        write(tmp_path / folder / "a.csv", PAIRS)
+        for name in (f"{folder}/a.csv", f"{tmp_path}/{folder}/a.csv:train"):
+            assert made(tmp_path, tokenizer_folder, name, cache_dir=f"{folder}/c")["num_samples"] == 3
+    assert made(tmp_path, tokenizer_folder, "col:on/*.csv")["num_samples"] == made(tmp_path, tokenizer_folder, "col:on/*.csv:train")["num_samples"] == 3
+
+
 def test_one_glob_finds_plain_and_compressed_json(tmp_path, tokenizer_folder):
     pack(write(tmp_path / "a.json", PAIRS), "gz")
     assert made(tmp_path, tokenizer_folder, f"{tmp_path}/a.json*")["num_samples"] == 6
