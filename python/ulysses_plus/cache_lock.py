@@ -32,15 +32,16 @@ class CacheLock:
         self.x_thread = None
 
     def __enter__(self):
-        self.x_file = open(self.x_lock, "w")
+        self.x_file = _opened_by_any_user(self.x_lock)
         try:
-            fcntl.flock(self.x_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.x_file is not None:
+                fcntl.flock(self.x_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._say()
             fcntl.flock(self.x_file, fcntl.LOCK_EX)
         except OSError:
             pass    # a file system without locks
-        if self.x_shared:
+        if self.x_shared or self.x_file is None:
             self._claim()
         return self
 
@@ -50,7 +51,8 @@ class CacheLock:
             self.x_thread.join()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.x_claim)
-        self.x_file.close()
+        if self.x_file is not None:
+            os.close(self.x_file)
 
     def _claim(self):
         seen, since = None, time.monotonic()
@@ -86,6 +88,22 @@ class CacheLock:
         if not self.x_said:
             print("another process prepares the same data: waiting for it", file=sys.stderr, flush=True)
         self.x_said = True
+
+
+def _opened_by_any_user(path):
+    """Returns the descriptor of a lock file that any user of its folder may have made; None if it cannot be opened."""
+    # A sticky folder such as /tmp may refuse O_CREAT for another user's file; a lock can be had with the right to read alone.
+    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDWR, os.O_RDONLY):
+        try:
+            descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP):
+                raise
+            continue
+        with contextlib.suppress(OSError):    # another user's
+            os.fchmod(descriptor, 0o666)
+        return descriptor
+    return None
 
 
 def file_system(folder):

@@ -9,7 +9,7 @@ from ulysses_plus.sources import columns, place
 def make_encoder(request, sources, tokenizer):
     """Returns f(source's index, sample's index) -> (ids, flags, whether somebody answers), with `sources` and `skip`.
 
-    f raises UserError, naming source and sample, for a sample that cannot be trained on.
+    f returns None for a plain text that holds nothing; it raises UserError, naming source and sample, for a sample that cannot be trained on.
     """
     name = f"{place(request['where'], 'tokenizer.name_or_path')}: {request['tokenizer']}"
     if request["type"] == "causal":
@@ -77,11 +77,19 @@ class _TextEncoder:
         return wanted
 
     def __call__(self, which, i):
-        text = self.sources[which][i].get(self.columns[which])
-        if not isinstance(text, str) or not text:
-            source = self.sources[which]
-            raise UserError(f"{source.where}: {source.name}, sample {source.row_number(i)}: expected text in {self.columns[which]}, found none")
-        ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        source = self.sources[which]
+        text = source[i].get(self.columns[which])
+        at = f"{source.where}: {source.name}, sample {source.row_number(i)}"
+        if not isinstance(text, str):
+            found = "none" if text is None else type(text).__name__
+            raise UserError(f"{at}: expected text in {self.columns[which]}, found {found}: correct or remove the sample")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{at}: expected text, found half of a surrogate pair, {text[error.start]!r}: correct or remove the sample") from error
+        ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids if text.strip() else []
+        if not ids:
+            return None
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = ([] if first is None else [first]) + ids + ([] if last is None else [last])
         return ids, [0] + [1] * (len(ids) - 1), True

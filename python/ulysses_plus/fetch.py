@@ -30,8 +30,8 @@ def fetch(repo_id, tokenizer_only=False):
 
     Raises UserError (not found, gated, bad token, offline and not cached, no safetensors, disk full) and NetworkError.
     """
-    if os.path.isdir(repo_id):
-        return os.path.abspath(repo_id)
+    if os.path.isdir(folder := os.path.expanduser(repo_id)):
+        return os.path.abspath(folder)
     if repo_id.startswith((".", "/", "~")) or repo_id.count("/") > 1:
         raise UserError(f"{repo_id}: expected a folder or a hub id like 'owner/name', found no such folder")
     from huggingface_hub import snapshot_download

@@ -14,7 +14,8 @@ from ulysses_plus.errors import UserError, one_line
 
 PLAIN = (".jsonl", ".json", ".ndjson")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-SUFFIXES = PLAIN + tuple(plain + more for plain in PLAIN for more in COMPRESSED)
+# An object with one of these is a row.
+_OF_A_ROW = ("messages", "conversations", "conversation", "prompt", "instruction", "user", "assistant", "text")
 
 
 class JsonRows:
@@ -28,13 +29,12 @@ class JsonRows:
     def __init__(self, path, scratch=None):
         self.path = path
         self.x_rows = None       # the decoded rows of a JSON array
-        self.x_file = file = _decompressed(path, scratch) if path.endswith(COMPRESSED) else open(path, "rb")
-        bare = path.removesuffix(next((more for more in COMPRESSED if path.endswith(more)), ""))
-        first = next((line for line in file if line.strip()), b"")
-        file.seek(0)
-        if first and not _is_object(first) and not bare.endswith((".jsonl", ".ndjson")):
+        self.x_file = file = _decompressed(path, scratch) if path.lower().endswith(COMPRESSED) else open(path, "rb")
+        if not bare_name(path).lower().endswith((".jsonl", ".ndjson")) and _is_whole(file):
+            file.seek(0)
             self.x_rows = self._whole(file.read())
             return
+        file.seek(0)
         self.x_index, self.x_count = tempfile.TemporaryFile(dir=scratch), 0    # of each row its byte offset and line number; the end
         offset, entries = 0, array.array("q")
         for number, line in enumerate(file, 1):
@@ -92,17 +92,29 @@ class JsonRows:
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: expected UTF-8 text, found byte {error.object[error.start]:#04x}") from error
         if isinstance(value, dict):
-            lists = [v for v in value.values() if isinstance(v, list)]
-            value = lists[0] if len(lists) == 1 else [value]
+            rows = _wrapped(value)
+            value = [value] if rows is None else rows
         if not isinstance(value, list):
             raise UserError(f"{self.path}: expected a JSON array of objects, found {_kind(value)}")
         return value
 
 
+def bare_name(path):
+    """The path without the suffix of a compressed file."""
+    return os.path.splitext(path)[0] if path.lower().endswith(COMPRESSED) else path
+
+
 def _decompressed(path, scratch):
     """Returns an open file without a name that holds what the compressed file `path` does."""
-    kind = path.rsplit(".", 1)[-1]
     file = tempfile.TemporaryFile(dir=scratch)
+    unpack(path, file)
+    file.seek(0)
+    return file
+
+
+def unpack(path, file):
+    """Writes what the compressed file `path` holds to the open `file`. Raises UserError for a broken one."""
+    kind = path.rsplit(".", 1)[-1].lower()
     try:
         with open(path, "rb"):
             pass    # a file that cannot be opened is no broken one
@@ -112,8 +124,6 @@ def _decompressed(path, scratch):
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EACCES):
             raise
         raise UserError(f"{path}: expected a .{kind} file, found a broken one: {one_line(error)}") from error
-    file.seek(0)
-    return file
 
 
 def _open_zst(path):
@@ -125,12 +135,26 @@ def _open_zst(path):
 _OPENERS = {"gz": gzip.open, "xz": lzma.open, "bz2": bz2.open, "zst": _open_zst}
 
 
-def _is_object(line):
-    """Whether the line alone is a JSON object."""
-    try:
-        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
-    except (ValueError, RecursionError):
+def _is_whole(file):
+    """Whether the open file is one JSON value, not one object a line."""
+    lines = (line for line in file if line.strip())
+    first = next(lines, None)
+    if first is None:
         return False
+    try:
+        value = json.loads(first.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return True
+    # One object on the one line there is: all rows, or one.
+    return not isinstance(value, dict) or (_wrapped(value) is not None and next(lines, None) is None)
+
+
+def _wrapped(value):
+    """The rows that one object holds as its one list of objects, {"data": [...]}; None where it is a row itself."""
+    lists = [items for items in value.values() if isinstance(items, list)]
+    if len(lists) != 1 or any(key in value for key in _OF_A_ROW) or not all(isinstance(item, dict) for item in lists[0]):
+        return None
+    return lists[0]
 
 
 def _kind(value):

@@ -29,8 +29,8 @@ class Parts:
     """The parts of one preparation.
 
     folder    where they lie; made if missing. What is there of a preparation that was ended is used, once its checksum is right
-    encode    f(source's index, sample's index) -> (ids, flags, whether somebody answers); raises UserError, or with `encode.skip`
-              leaves the sample out
+    encode    f(source's index, sample's index) -> (ids, flags, whether somebody answers), None for an empty text, which is left out;
+              raises UserError, or with `encode.skip` leaves the sample out
     sources   opened sources
     """
 
@@ -105,13 +105,13 @@ class Parts:
             executor.shutdown(wait=True, cancel_futures=True)
 
     def summary(self):
-        """Sums over all parts: num_samples, longest, num_tokens, num_trained_tokens, num_skipped, silent (samples without an
-        answer), vocabulary, sources (samples of each); first_skipped and first_silent, the first such sample's sentence."""
-        out = dict.fromkeys(("num_samples", "longest", "num_tokens", "num_trained_tokens", "num_skipped", "silent", "vocabulary"), 0)
+        """Sums over all parts: num_samples, longest, num_tokens, num_trained_tokens, num_skipped, num_empty, silent (samples without
+        an answer), vocabulary, sources (samples of each); first_skipped and first_silent, the first such sample's sentence."""
+        out = dict.fromkeys(("num_samples", "longest", "num_tokens", "num_trained_tokens", "num_skipped", "num_empty", "silent", "vocabulary"), 0)
         out.update(sources=[0] * len(self.sources), first_skipped=None, first_silent=None)
         for which, _, _, path in self.names():
             part, vocabulary = token_file.read_summary(path)
-            for key in ("num_samples", "num_tokens", "num_trained_tokens", "num_skipped", "silent"):
+            for key in ("num_samples", "num_tokens", "num_trained_tokens", "num_skipped", "num_empty", "silent"):
                 out[key] += part[key]
             out["longest"], out["vocabulary"] = max(out["longest"], part["longest"]), max(out["vocabulary"], vocabulary)
             out["sources"][which] += part["num_samples"]
@@ -122,8 +122,14 @@ class Parts:
     def join(self, path, summary, provenance):
         """Joins the parts to the token file `path`, which appears at once and whole, and removes them."""
         whole = os.path.join(self.folder, "whole")
-        token_file.join([name[3] for name in self.names()], whole, summary["num_samples"], summary["num_tokens"], summary["vocabulary"], summary["sources"], provenance)
-        os.replace(whole, path)
+        try:
+            token_file.join([name[3] for name in self.names()], whole, summary["num_samples"], summary["num_tokens"], summary["vocabulary"], summary["sources"], provenance)
+            os.replace(whole, path)
+        except BaseException:
+            # As for a full disk: the parts stay, what is half written does not.
+            with contextlib.suppress(OSError):
+                os.unlink(whole)
+            raise
         token_file.sync_folder(os.path.dirname(path))
         self.remove()
 
@@ -158,19 +164,21 @@ class Progress:
 def _made(encode, counters, which, first, last, path):
     """Writes one part; yields now and then, for who watches."""
     source = encode.sources[which]
-    num_skipped, silent, first_skipped, first_silent, shown = 0, 0, None, None, 0
+    num_skipped, num_empty, silent, first_skipped, first_silent, shown = 0, 0, 0, None, None, 0
     writer = token_file.TokenFileWriter(path)
     try:
         for i in range(first, last):
             try:
-                ids, flags, answered = encode(which, i)
+                encoded = encode(which, i)
             except UserError as error:
                 if not encode.skip:
                     raise
                 num_skipped, first_skipped = num_skipped + 1, first_skipped or str(error)
             else:
-                if answered:
-                    writer.append(ids, flags, (which, source.row_number(i)))
+                if encoded is None:
+                    num_empty += 1
+                elif encoded[2]:
+                    writer.append(*encoded[:2], (which, source.row_number(i)))
                 else:
                     at = f"{source.where}: {source.name}, sample {source.row_number(i)}: expected an assistant turn, found none"
                     if encode.skip:
@@ -184,7 +192,7 @@ def _made(encode, counters, which, first, last, path):
                     counters[1] += writer.num_tokens - shown
                 shown = writer.num_tokens
                 yield
-        writer.finish({}, num_skipped=num_skipped, silent=silent, first_skipped=first_skipped, first_silent=first_silent)
+        writer.finish({}, num_skipped=num_skipped, num_empty=num_empty, silent=silent, first_skipped=first_skipped, first_silent=first_silent)
     finally:
         writer.discard()
 

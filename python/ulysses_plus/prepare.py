@@ -2,7 +2,7 @@
 
 Makes (or finds in the cache) the token file of a recipe's data and prints one line of JSON on stdout:
 
-    {"tokens": PATH, "num_samples": n, "longest": tokens, "num_tokens": t, "num_trained_tokens": k, "num_skipped": m, "cached": bool}
+    {"tokens": PATH, "num_samples": n, "longest": tokens, "num_tokens": t, "num_trained_tokens": k, "num_skipped": m, "num_empty": e, "cached": bool}
 
 REQUEST.json:
     type         "sft" (chats) or "causal" (plain text)
@@ -14,7 +14,7 @@ REQUEST.json:
                  "samples": [{"num_tokens": t, "num_trained_tokens": k, "pieces": [{"text": "...", "trained": bool}, ...]}, ...]
     where        {"data.sources": "run.yml:9", ...}: places for errors; "data.sources[1].name_or_path" is tried first
 
-Progress goes to stderr. Processes that want the same file build it once: the others wait. A preparation
+num_empty counts plain texts that hold nothing: they are left out. Progress goes to stderr. Processes that want the same file build it once: the others wait. A preparation
 that was ended goes on where it was (parts.py). See errors.py for how it ends.
 """
 
@@ -25,6 +25,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -32,9 +33,11 @@ from concurrent.futures.process import BrokenProcessPool
 from ulysses_plus import sources as sources_
 from ulysses_plus import token_file
 from ulysses_plus.cache_lock import CacheLock
+from ulysses_plus.conversation import DEFAULT_ROLES, KNOWN_ROLES
 from ulysses_plus.errors import UserError, one_line, run
 from ulysses_plus.fetch import TOKENIZER_PATTERNS, fetch
 
+COUNTS = ("num_samples", "longest", "num_tokens", "num_trained_tokens", "num_skipped", "num_empty")
 # Raise it when the same request would give other tokens or flags than before.
 VERSION = 4
 
@@ -58,22 +61,24 @@ def prepare(request):
         "version": VERSION, "type": request["type"], "sources": [source.identity for source in sources],
         "tokenizer": {"name": request["tokenizer"], "files": _tokenizer_hashes(folder, at)}, "options": _options(request, sources),
     }
-    path = os.path.join(_cache_folder(data, request["where"]), f"ulysses-tokens-{_key(provenance)}.safetensors")
-    found = token_file.read_summary(path)
-    if found is None:
+    cache = os.path.abspath(os.path.expanduser(data.get("cache_dir") or "/tmp"))
+    path, found = _find(cache, provenance)
+    cached = found is not None
+    if cached:
+        _say(found[0], sources)
+    else:
         if data.get("fail_on_missing_cache"):
             raise UserError(
                 f"{sources_.place(request['where'], 'data.fail_on_missing_cache')}: expected the prepared data {path}, found none: "
                 "make it with 'ulysses prepare' and the same recipe (on another machine, if need be: the file may be copied), or set it to false"
             )
+        _make_cache_folder(cache, request["where"])
         with _room(path, request["where"]), CacheLock(path, data.get("cache_fs_type")):
             found = token_file.read_summary(path)
             cached = found is not None
             if not cached:
                 _build(request, sources, folder, at, path, provenance)
                 found = token_file.read_summary(path)
-    else:
-        cached = True
     summary, vocabulary = found
     vocab_size = request.get("vocab_size")
     if vocab_size and vocabulary > vocab_size:
@@ -81,7 +86,8 @@ def prepare(request):
             f"{at}: expected token ids below the model's vocabulary of {vocab_size}, found {vocabulary - 1}: "
             "use the tokenizer that belongs to the model"
         )
-    answer = {"tokens": path, "num_skipped": 0, **summary, "cached": cached}
+    counts = {key: summary[key] for key in COUNTS}
+    answer = {"tokens": path, **counts, "cached": cached}
     if request.get("show"):
         answer["samples"] = _shown(path, load_tokenizer(folder, request["tokenizer"], at), min(request["show"], summary["num_samples"]))
     return answer
@@ -117,11 +123,14 @@ def _build(request, sources, folder, at, path, provenance):
     from ulysses_plus.documents import check_answers, check_first, make_encoder
     from ulysses_plus.parts import Parts
 
-    sources = [sources_.opened(source, os.path.dirname(path)) for source in sources]
-    check_first(request, sources)
-    encode = make_encoder(request, sources, load_tokenizer(folder, request["tokenizer"], at))
-    parts = Parts(path.removesuffix(".safetensors") + ".parts", encode, sources)
+    scratch = _workplace(path, ".rows")
+    shutil.rmtree(scratch, ignore_errors=True)
+    parts = None
     try:
+        sources = [sources_.opened(source, scratch) for source in sources]
+        check_first(request, sources)
+        encode = make_encoder(request, sources, load_tokenizer(folder, request["tokenizer"], at))
+        parts = Parts(_workplace(path, ".parts"), encode, sources)
         _Interrupt.waits = True
         parts.make(request["data"].get("num_proc") or 1, lambda: _Interrupt.came)
         _Interrupt.waits = False
@@ -130,29 +139,59 @@ def _build(request, sources, folder, at, path, provenance):
         skipped, first = summary["num_skipped"], summary.pop("first_skipped")
         if skipped and summary["num_samples"] == 0:
             raise UserError(f"none of {skipped} samples can be trained on; the first: {first}")
-        if skipped:
-            print(f"skipped {skipped:,} of {sum(map(len, sources)):,} samples; the first: {first}", file=sys.stderr, flush=True)
+        sources_.check_unchanged(sources)
+        kept = {**{key: summary[key] for key in COUNTS}, "sizes": [source.size for source in sources]}
+        _say(kept, sources, first)
+        if summary["num_empty"] and summary["num_samples"] == 0:
+            raise UserError(f"{sources[0].where}: {sources[0].name}: expected text, found only empty texts ({summary['num_empty']})")
         if summary["num_trained_tokens"] == 0:
             raise UserError(f"{sources[0].where}: expected tokens to train on, found none: check the sources and role_mapping")
-        kept = {key: summary[key] for key in ("num_samples", "longest", "num_tokens", "num_trained_tokens", "num_skipped")}
         parts.join(path, summary, {**provenance, "summary": kept})
     except UserError as error:
-        if not isinstance(error.__cause__, BrokenProcessPool):
+        if parts is not None and not isinstance(error.__cause__, BrokenProcessPool):
             parts.remove()    # mended data have another key
         raise
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         if token_file.read_summary(path) is None:    # else another process, which no lock kept out, has finished it
             raise
     finally:
-        with contextlib.suppress(OSError):
-            os.rmdir(parts.folder)    # if it is empty
+        shutil.rmtree(scratch, ignore_errors=True)
+        if parts is not None:
+            with contextlib.suppress(OSError):
+                os.rmdir(parts.folder)    # if it is empty
+
+
+def _say(summary, sources, first_skipped=None):
+    """Says on stderr what was left out of the token file with this summary, whether or not it was made just now."""
+    for source, size in zip(sources, summary["sizes"]):
+        sources_.warn_of_few(source, size)
+    skipped, empty = summary["num_skipped"], summary["num_empty"]
+    total = summary["num_samples"] + skipped + empty
+    if skipped:
+        print(f"skipped {skipped:,} of {total:,} samples{f'; the first: {first_skipped}' if first_skipped else ''}", file=sys.stderr, flush=True)
+    if empty:
+        print(f"left out {empty:,} empty texts of {total:,}", file=sys.stderr, flush=True)
+
+
+def _workplace(path, suffix):
+    """A folder beside the token file `path` for what is needed while it is made: one of this user's, where another user left one."""
+    base = path.removesuffix(".safetensors")
+    folder = base + suffix
+    return folder if not os.path.lexists(folder) or os.access(folder, os.W_OK) else f"{base}.{os.getuid()}{suffix}"
 
 
 @contextlib.contextmanager
 def _room(path, where):
-    """Within it a full disk is an error that names the cache."""
+    """Within it a full disk, and files of another user, are errors that name the cache."""
     try:
         yield
+    except PermissionError as error:
+        if not str(error.filename or "").startswith(os.path.dirname(path)):
+            raise
+        raise UserError(
+            f"{sources_.place(where, 'data.cache_dir')}: expected files that this user may write, found {error.filename} of another user: "
+            "remove it or choose another cache_dir"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -178,18 +217,25 @@ def load_tokenizer(folder, name, at):
 
 
 def _options(request, sources):
-    """The options that change ids or flags; whatever else the data section holds does not belong to the key."""
+    """The options that change ids or flags, as they take effect; whatever else the data section holds does not belong to the key."""
     data = request["data"]
-    chosen = {"sources": [
-        {key: source.mapping.get(key) for key in ("type", "role_mapping", "content_key", "column") if source.mapping.get(key)}
-        for source in sources
-    ]}
+    chats = request["type"] == "sft"
+    chosen = {"sources": [_reading(source) if chats else {"column": source.mapping.get("column") or None} for source in sources]}
     if data.get("on_error") == "skip":
         chosen["on_error"] = "skip"
-    if request["type"] == "sft":
+    if chats:
         chosen["mask_inputs"] = data.get("mask_inputs", True)
         chosen["ignore_empty_think"] = data.get("ignore_empty_think", False)
     return chosen
+
+
+def _reading(source):
+    """How the rows of a source of chats are read (conversation.make_reader)."""
+    roles = source.mapping.get("role_mapping")
+    if not roles or roles == DEFAULT_ROLES:
+        roles = KNOWN_ROLES.get(source.name)
+    # In its order: that of the turns.
+    return {"role_mapping": list(roles.items()) if isinstance(roles, dict) else roles, "content_key": source.mapping.get("content_key")}
 
 
 def _tokenizer_hashes(folder, at):
@@ -204,8 +250,7 @@ def _tokenizer_hashes(folder, at):
     return hashes
 
 
-def _cache_folder(data, where):
-    folder = os.path.abspath(os.path.expanduser(data.get("cache_dir") or "/tmp"))
+def _make_cache_folder(folder, where):
     try:
         os.makedirs(folder, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -215,7 +260,24 @@ def _cache_folder(data, where):
             f"{sources_.place(where, 'data.cache_dir')}: expected a folder that can be written, found {folder}: "
             f"{error.strerror or one_line(error)}"
         ) from error
-    return folder
+
+
+def _find(cache, provenance):
+    """Returns (path, what token_file.read_summary says of it): None if there is none in the folder `cache`.
+
+    Where no sample had to be skipped, it makes no difference whether one would have been.
+    """
+    path = os.path.join(cache, f"ulysses-tokens-{_key(provenance)}.safetensors")
+    found = token_file.read_summary(path)
+    if found is None:
+        options = {**provenance["options"]}
+        if options.pop("on_error", None) is None:
+            options["on_error"] = "skip"
+        other = os.path.join(cache, f"ulysses-tokens-{_key({**provenance, 'options': options})}.safetensors")
+        there = token_file.read_summary(other)
+        if there is not None and there[0]["num_skipped"] == 0:
+            return other, there
+    return path, found
 
 
 def _key(provenance):
@@ -224,9 +286,6 @@ def _key(provenance):
         return {k: v for k, v in identity.items() if k != "name" or "fingerprint" in identity}
 
     content = {**provenance, "sources": [nameless(s) for s in provenance["sources"]], "tokenizer": provenance["tokenizer"]["files"]}
-    for source in content["sources"]:
-        if "files" in source:    # where the files lie does not matter
-            source["options"] = {k: v for k, v in source["options"].items() if k != "kwargs"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
