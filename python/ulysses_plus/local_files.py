@@ -8,11 +8,13 @@
     changed()           a file that is no longer what was hashed, or None
 """
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -22,6 +24,7 @@ from ulysses_plus.errors import UserError, one_line
 from ulysses_plus.json_rows import COMPRESSED, PLAIN, JsonRows, bare_name, unpack
 
 BUILDERS = ("json", "parquet", "csv", "text", "arrow")
+LARGE = 64 << 20    # bytes; smaller files are hashed at every start
 _BUILDER_OF = {**dict.fromkeys(PLAIN, "json"), ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 
 
@@ -101,7 +104,7 @@ class _Local:
         if path not in self.x_known:
             try:
                 before = _state(path)
-                self.x_known[path] = before, _sha256(path)
+                self.x_known[path] = before, _remembered_sha256(path, before)
             except FileNotFoundError as error:
                 raise UserError(f"{self.where}: {self.name}: expected the file {path}, found no such file: correct the path") from error
             except OSError as error:
@@ -266,6 +269,33 @@ def _state(path):
     """What changes whenever a file is written; also where it does not change its content."""
     found = os.stat(path)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _remembered_sha256(path, state):
+    """The hash of a file in `state`; of a large one from where an earlier start has left it.
+
+    Whatever is written to a file changes its ctime, which nobody can set back. Only what was last changed a while ago is remembered: of two
+    writes at once a clock may show one time.
+    """
+    if state[2] < LARGE:
+        return _sha256(path)
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ulysses", "hashes")
+    memo = os.path.join(folder, hashlib.sha256(os.path.realpath(path).encode()).hexdigest())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with open(memo, encoding="utf-8") as file:
+            known = json.load(file)
+        if known["state"] == list(state):
+            return known["sha256"]
+    settled = time.time_ns() - state[4] > 2_000_000_000
+    digest = _sha256(path)
+    if settled:
+        with contextlib.suppress(OSError):    # it is hashed again next time
+            os.makedirs(folder, exist_ok=True)
+            descriptor, beside = tempfile.mkstemp(dir=folder)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump({"state": state, "sha256": digest}, file)
+            os.replace(beside, memo)
+    return digest
 
 
 def _sha256(path):

@@ -141,7 +141,8 @@ int prepare(const Options& options) {
                 {"longest", facts.longest},
                 {"num_tokens", facts.num_tokens},
                 {"num_trained_tokens", facts.num_trained_tokens},
-                {"num_skipped", answer.value("num_skipped", int64_t{0})}};
+                {"num_skipped", answer.value("num_skipped", int64_t{0})},
+                {"num_empty", answer.value("num_empty", int64_t{0})}};
   };
   const Json answer = ask_to_prepare(recipe, spec, "sources", options.show);
   const plan::DataFacts facts = facts_of(answer);

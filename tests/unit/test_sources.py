@@ -8,6 +8,7 @@ import lzma
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pyarrow
@@ -486,3 +487,21 @@ def test_what_another_user_left_and_cannot_be_replaced_is_said(open_folder):
     token_path.write_bytes(b"broken")
     said = as_nobody(lambda: made(open_folder, tokenizer, path))
     assert said.startswith("data.cache_dir: expected files that this user may write, found ") and said.endswith("remove it or choose another cache_dir")
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypatch):
+    from ulysses_plus import local_files
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(local_files, "LARGE", 1)
+    hashed = []
+    monkeypatch.setattr(local_files, "_sha256", lambda path: hashed.append(path) or str(len(hashed)))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    state = list(local_files._state(path))
+
+    def digest(changed_at):
+        return local_files._remembered_sha256(str(path), (*state[:4], changed_at))
+
+    assert [digest(time.time_ns()), digest(time.time_ns())] == ["1", "2"], "just written: not remembered"
+    assert [digest(5), digest(5), digest(6), digest(6)] == ["3", "3", "4", "4"]
