@@ -162,6 +162,7 @@ class Leader {
   const Follower* cause_ = nullptr;
   bool killed_rest_ = false;
   int asked_to_end_ = 0;
+  Clock::time_point asked_at_{};
   bool gone_ = false;           // all are ready: ranks run
   std::set<std::string> said_;  // until then; what each machine finds for itself is told once
 };
@@ -238,9 +239,13 @@ void Leader::turn() {
       if (fd >= 0) fds.push_back({fd, POLLIN, 0});
   ::poll(fds.data(), fds.size(), 100);
   for (int signal : signals_.take()) {
+    const auto now = Clock::now();
+    if (asked_to_end_ != 0 && now - asked_at_ < kRepeat) continue;
     if (asked_to_end_ != 0) {  // a second one: at once
       tell("signal 9\n");
       for (Follower& f : followers_) close_in(f);
+    } else {
+      asked_at_ = now;
     }
     asked_to_end_ = signal;
     tell(fmt::format("signal {}\n", signal));

@@ -103,6 +103,7 @@ class Watch {
   std::optional<Clock::time_point> stop_at_;    // when SIGTERM was sent to the rest
   bool killed_rest_ = false;
   int asked_to_end_ = 0;  // the signal that was passed on
+  Clock::time_point asked_at_{};
 };
 
 void Watch::start(int64_t local_rank, int port) {
@@ -192,9 +193,10 @@ void Watch::reap() {
 void Watch::pass_on(int signal) {
   if (asked_to_end_ == 0) {
     asked_to_end_ = signal;
+    asked_at_ = Clock::now();
     return kill_all(signal);
   }
-  kill_all(SIGKILL);
+  if (Clock::now() - asked_at_ >= kRepeat) kill_all(SIGKILL);
 }
 
 void Watch::act() {

@@ -29,8 +29,8 @@ struct LocalJob {
 // failure is told once.
 //
 // When a rank fails the others get SIGTERM, and SIGKILL after `grace`. A rank that a signal ended counts as a failed
-// device: 75. SIGINT, SIGTERM and SIGHUP are passed on to the ranks, which may end as they see fit; a second one kills
-// them at once, and the result is 128 + the signal, as it is if they die of it. If this process dies they die.
+// device: 75. SIGINT, SIGTERM and SIGHUP are passed on to the ranks, which may end as they see fit; a second one, from a
+// second after it on, kills them at once, and the result is 128 + the signal, as it is if they die of it. If this process dies they die.
 Ended run_local(const LocalJob& job);
 
 // A TCP port that nobody listens at on 127.0.0.1.

@@ -368,6 +368,8 @@ def test_a_second_signal_ends_everything_at_once(job):
     process, pids = started(job, {r: [["ignore", signal.SIGINT], ["ignore", signal.SIGTERM], ["sleep", 60]] for r in range(2)})
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
+    process.send_signal(signal.SIGINT)    # as of one wish
+    time.sleep(0.7)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(3) == 128 + signal.SIGINT

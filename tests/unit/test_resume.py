@@ -166,6 +166,17 @@ def test_asked_to_stop_it_saves_and_ends_with_85(job, undisturbed, sent, whom):
     same(job, undisturbed)
 
 
+def test_a_signal_to_every_process_of_the_job_is_one_wish(job):
+    """As systemd, SLURM's time limit and `timeout` send it: some get it twice, from there and from the launcher."""
+    process = job.start(*FOREVER, "checkpoint.1.save_every_n_steps=0")
+    job.wait_for(process, lambda: len(job.metrics()) >= 1 and len(job.ranks()) == 2, "no step")
+    for pid in (process.pid, *job.ranks().values(), process.pid):
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.05)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 85 and len(job.metrics()) in job.states(), said
+
+
 def test_asked_to_stop_while_data_are_prepared_it_ends_with_85_too(job):
     (job.folder / "python").write_text("#!/bin/sh\nexec sleep 60\n")
     (job.folder / "python").chmod(0o755)
@@ -215,7 +226,7 @@ def test_a_second_signal_ends_it_at_once(job):
     for pid in job.ranks().values():
         os.kill(pid, signal.SIGSTOP)    # they cannot come to the end of a step
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(1.2)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM and job.ranks() == {}
