@@ -18,8 +18,8 @@ namespace fs = std::filesystem;
 
 // The reference's, and what this program and what it calls read.
 constexpr std::array<std::string_view, 13> kPrefixes = {"MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "WANDB", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "ULYSSES_", "OMP_", "CUDA_DEVICE_ORDER"};
-// They say where things are on this machine, or are a rank's own.
-constexpr std::array<std::string_view, 2> kOurs = {"ULYSSES_ENGINE", "ULYSSES_PYTHON"};
+// They say where things are on this machine, or are this job's own.
+constexpr std::array<std::string_view, 4> kOurs = {"ULYSSES_ENGINE", "ULYSSES_PYTHON", "ULYSSES_JOB_TOKEN", "ULYSSES_STARTED"};
 
 bool is_exported(std::string_view name) {
   return std::any_of(kPrefixes.begin(), kPrefixes.end(), [&](std::string_view prefix) { return name.starts_with(prefix); }) && std::find(kOurs.begin(), kOurs.end(), name) == kOurs.end();

@@ -12,7 +12,6 @@
 #include <cstring>
 #include <filesystem>
 #include <optional>
-#include <random>
 #include <set>
 #include <utility>
 
@@ -53,12 +52,6 @@ Json to_json(const std::vector<Host>& hosts) {
   Json all = Json::array();
   for (const Host& h : hosts) all.push_back({{"name", h.name}, {"slots", h.slots}});
   return all;
-}
-
-// Nobody else's guess: names this job's keys where ranks meet.
-std::string token() {
-  std::random_device random;
-  return fmt::format("{:08x}{:08x}{:08x}{:08x}/", random(), random(), random(), random());
 }
 
 struct Follower {
@@ -224,7 +217,7 @@ void Leader::send_job() {
   std::error_code error;
   Json job = {{"folder", std::filesystem::current_path(error).string()}, {"hosts", to_json(job_.hosts)}, {"master_address", address}, {"master_port", job_.master_port > 0 ? job_.master_port : facts[0].at("port").get<int>()}, {"arguments", job_.arguments}, {"variables", Json::array()}};
   for (const std::string& argument : more) job["arguments"].push_back(argument);
-  job["variables"].push_back({"ULYSSES_JOB_TOKEN", token()});
+  job["variables"].push_back({"ULYSSES_JOB_TOKEN", job_token()});
   for (const auto& [name, value] : exported_variables()) job["variables"].push_back({name, value});
   for (size_t i = 0; i < followers_.size(); ++i) {
     job["index"] = i;

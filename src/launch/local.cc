@@ -32,6 +32,8 @@ using std::chrono::milliseconds;
 constexpr milliseconds kSettle{300};
 // A rank that has said its error and does not end is quoted after so long.
 constexpr milliseconds kHold{5000};
+// Ranks save and end together: one that still runs so long after another has saved is stopped or hung.
+constexpr milliseconds kAfterSaved{10000};
 
 struct Rank {
   int64_t rank = 0;
@@ -96,10 +98,12 @@ class Watch {
   }
 
   const LocalJob& job_;
+  const std::optional<std::string> token_ = job_.node ? variable("ULYSSES_JOB_TOKEN") : job_token();  // on several machines it is for all
   Signals signals_;
   std::vector<Rank> ranks_;
   const Rank* cause_ = nullptr;                 // the rank that failed first
   std::optional<Clock::time_point> failed_at_;  // when a failure was first seen
+  std::optional<Clock::time_point> saved_at_;   // when a rank was first seen that had saved and ended
   std::optional<Clock::time_point> stop_at_;    // when SIGTERM was sent to the rest
   bool killed_rest_ = false;
   int asked_to_end_ = 0;  // the signal that was passed on
@@ -126,6 +130,8 @@ void Watch::start(int64_t local_rank, int port) {
                                           {"OMP_NUM_THREADS", threads},
                                           {"CUDA_DEVICE_ORDER", cuda_device_order()},
                                           {"ULYSSES_HOST", job_.node ? std::optional(job_.node->hosts[static_cast<size_t>(job_.node->index)].name) : std::nullopt},
+                                          {"ULYSSES_JOB_TOKEN", token_},
+                                          {"ULYSSES_STARTED", job_.node && !led() ? "apart" : "together"},
                                           {"TORCHELASTIC_USE_AGENT_STORE", std::nullopt}});
   Rank r;
   r.rank = rank;
@@ -187,6 +193,7 @@ void Watch::reap() {
     if (r.status || ::waitpid(r.pid, &status, WNOHANG) != r.pid) continue;
     r.status = status;
     if (r.failed() && !r.saved() && !failed_at_) failed_at_ = Clock::now();
+    if (r.saved() && !saved_at_) saved_at_ = Clock::now();
   }
 }
 
@@ -201,6 +208,10 @@ void Watch::pass_on(int signal) {
 
 void Watch::act() {
   const auto now = Clock::now();
+  if (!failed_at_ && saved_at_ && now - *saved_at_ > kAfterSaved && !std::exchange(killed_rest_, true)) {
+    choose_cause();
+    kill_all(SIGKILL);
+  }
   if (!failed_at_ || now - *failed_at_ < kSettle) return;
   if (!stop_at_) {
     choose_cause();

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,11 +36,12 @@ FOREVER = ("epochs=1000000",)
 class Run:
     def __init__(self, folder):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         fixtures.tiny(folder, CHATS)
         (folder / "run.yml").write_text(RECIPE)
 
-    def start(self, *arguments, **environment):
-        command = [str(ULYSSES), "run.yml", "--device", "cpu", *map(str, arguments)]
+    def start(self, *arguments, verb="train", **environment):
+        command = [str(ULYSSES), verb, "run.yml", "--device", "cpu", *map(str, arguments)]
         return subprocess.Popen(command, cwd=self.folder, env=fixtures.environment(**environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def run(self, *arguments, code=0, **environment):
@@ -218,6 +220,52 @@ def test_asked_to_stop_while_it_loads_it_ends_with_85_too(job, undisturbed):
         assert process.returncode in (0, 85), said
     job.run()
     same(job, undisturbed)
+
+
+def test_a_rank_that_stops_before_its_first_sign_of_life_is_named(tmp_path):
+    """In two runs at a time, as it takes a while: the first rank, the second."""
+    jobs = [Run(tmp_path / str(rank)) for rank in range(2)]
+    processes = [job.start(verb="rehearse", ULYSSES_SILENCE="1") for job in jobs]
+    for rank, (job, process) in enumerate(zip(jobs, processes)):
+        job.wait_for(process, lambda job=job, rank=rank: rank in job.ranks(), "no ranks")
+        os.kill(job.ranks()[rank], signal.SIGSTOP)    # its libraries are being loaded
+    began = time.monotonic()
+    for rank, (job, process) in enumerate(zip(jobs, processes)):
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 75 and 8 < time.monotonic() - began < 30, said
+        assert len([line for line in said.splitlines() if f"rank {rank}: no sign of life in the 11 s since the start" in line]) == 1, said
+        assert job.ranks() == {}
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_asked_to_stop_while_it_waits_for_another_machine_it_ends_with_85(job, node):
+    (job.folder / "hosts").write_text("here slots=1\nnever-started slots=1\n")
+    process = job.start("-H", "hosts", "--no_ssh", "--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", 23581 + node)
+    job.wait_for(process, lambda: node in job.ranks(), "no rank")
+    time.sleep(2)    # it has loaded its libraries and waits
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 85 and time.monotonic() - began < 6 and "stopped before the first step; start again" in said, said
+
+
+def test_one_that_waits_and_one_that_is_stopped_end_too(job):
+    process = job.start(*FOREVER)
+    job.wait_for(process, lambda: len(job.ranks()) == 2, "no ranks")
+    os.kill(job.ranks()[1], signal.SIGSTOP)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=40)
+    assert process.returncode == 85 and said.splitlines()[-1] == "stopped before the first step; start again" and job.ranks() == {}, said
+
+
+def test_a_port_in_use_is_said_with_the_way_to_another(job):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = job.run("--master_port", port, code=2, verb="rehearse")
+        assert said.splitlines()[-1] == f"port {port} at 127.0.0.1 is in use by another program; choose another with --master_port"
+        said = job.run(code=2, verb="rehearse", RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        assert said.splitlines()[-1] == f"port {port} at 127.0.0.1 is in use by another program; choose another by the environment variable MASTER_PORT, the same for all ranks"
 
 
 def test_a_second_signal_ends_it_at_once(job):
