@@ -63,11 +63,6 @@ void stop_before_ranks(int signal) {
   ::_exit(static_cast<int>(Exit::kPreempted));  // what prepares dies with this process
 }
 
-// Until ranks run, and between their runs, nothing is to be saved: being asked to stop ends with the code of a run that has saved.
-void take_signals() {
-  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal, stop_before_ranks);
-}
-
 // Becomes the engine: the launcher that started this process watches it and has set its environment.
 [[noreturn]] void become_engine(const std::vector<std::string>& command) {
   std::fflush(stdout);
@@ -87,6 +82,10 @@ void check_restarts(const Options& options, const recipe::Recipe& recipe) {
   ULY_USER_CHECK(resumes, "--max_restarts ({}): expected a state to go on from: checkpoint: [{{type: deepspeed, output_dir: ..., save_every_n_steps: ..., auto_resume: true}}]", recipe.where("checkpoint"));
   ULY_USER_CHECK(!options.restart_data, "--max_restarts: expected no --restart-data, which would begin the data anew at each restart");
   ULY_USER_CHECK(!options.no_ssh, "--max_restarts: expected no --no_ssh: nobody would start the ranks of all machines again together");
+}
+
+void take_signals() {
+  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal, stop_before_ranks);
 }
 
 std::string engine_program() {
