@@ -104,6 +104,7 @@ int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& m
   return launch::with_restarts(options.max_restarts, [&](double elapsed) {
     launch::LocalJob job{.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr};
     elapsed += options.elapsed_seconds;
+    job.again = elapsed > 0.5;  // a restart waits a second before it
     if (elapsed > 1) job.command.insert(job.command.end(), {"--elapsed", fmt::format("{:.0f}", elapsed)});
     return launch::run_local(job);
   });

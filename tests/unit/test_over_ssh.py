@@ -99,3 +99,12 @@ def test_ranks_of_one_job_have_a_word_of_their_own(job):
         assert first["ULYSSES_STARTED"] == "together" and not any(first["ULYSSES_JOB_TOKEN"] in word for word in job.note(0)["argv"])
         words.add(first["ULYSSES_JOB_TOKEN"])
     assert len(words) == 3
+
+
+@pytest.mark.parametrize("where", [(), OVER_SSH[3:]])
+def test_a_restart_goes_on_with_the_log_of_each_rank(job, where):
+    """What the run said that failed is what one wants to read."""
+    (job.folder / "logs").mkdir()
+    (job.folder / "logs" / "rank_1.log").write_text("of another job\n")
+    process = job.run("run.yml", "--device", "cpu", *where, "--max_restarts", "1", "--enable_each_rank_log", "logs", actions={1: [["say", "so it ends"], ["exit", 75]]})
+    assert process.returncode == 75 and (job.folder / "logs" / "rank_1.log").read_text() == "so it ends\n" * 2
