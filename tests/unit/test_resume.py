@@ -40,9 +40,9 @@ class Run:
         fixtures.tiny(folder, CHATS)
         (folder / "run.yml").write_text(RECIPE)
 
-    def start(self, *arguments, verb="train", **environment):
+    def start(self, *arguments, verb="train", umask=-1, **environment):
         command = [str(ULYSSES), verb, "run.yml", "--device", "cpu", *map(str, arguments)]
-        return subprocess.Popen(command, cwd=self.folder, env=fixtures.environment(**environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=self.folder, env=fixtures.environment(**environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, umask=umask)
 
     def run(self, *arguments, code=0, **environment):
         process = self.start(*arguments, **environment)
@@ -257,6 +257,23 @@ def test_one_that_waits_and_one_that_is_stopped_end_too(job):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=40)
     assert process.returncode == 85 and said.splitlines()[-1] == "stopped before the first step; start again" and job.ranks() == {}, said
+
+
+def test_files_are_made_with_the_users_umask(job):
+    process = job.start("exit_iteration_this_run=2", "data.cache_dir=fresh", umask=0o027)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    made = [path for path in job.folder.rglob("*") if path.relative_to(job.folder).parts[0] in ("fresh", "states", "metrics.jsonl")]
+    assert len(made) > 8 and all(path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640) for path in made), [(path, oct(path.stat().st_mode)) for path in made]
+
+
+def test_without_standard_streams_it_trains(job):
+    done = subprocess.run(["sh", "-c", '"$@" <&- >&- 2>said', "sh", str(ULYSSES), "run.yml", "--device", "cpu", "exit_iteration=2"], cwd=job.folder, env=fixtures.environment(), timeout=60)
+    said = (job.folder / "said").read_text()
+    assert done.returncode == 0 and "Train iter" in said and "Traceback" not in said, said
+    python = [str(ULYSSES.parents[1] / ".venv" / "bin" / "python"), "-m", "ulysses_plus.prepare", "--request", "nothing"]
+    done = subprocess.run(["sh", "-c", '"$@" <&- >&- 2>said', "sh", *python], cwd=job.folder, env=fixtures.environment(PYTHONPATH=str(ROOT / "python")), timeout=60)
+    assert done.returncode == 2 and "Traceback" not in (job.folder / "said").read_text()
 
 
 def test_a_port_in_use_is_said_with_the_way_to_another(job):
