@@ -155,7 +155,7 @@ void Watch::start(int64_t local_rank, int port) {
 void Watch::open_log(Rank& r) {
   if (job_.log_folder.empty()) return;
   const std::string path = fmt::format("{}/rank_{}.log", job_.log_folder, r.rank);
-  r.log_fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  r.log_fd = ::open(path.c_str(), O_WRONLY | O_CREAT | (job_.again ? O_APPEND : O_TRUNC) | O_CLOEXEC, 0666);
   ULY_USER_CHECK(r.log_fd >= 0, "--enable_each_rank_log: {} cannot be written: {}", path, std::strerror(errno));
 }
 
@@ -266,12 +266,12 @@ int free_port() {
   const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   sockaddr_in at{};
   at.sin_family = AF_INET;
-  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  at.sin_addr.s_addr = htonl(INADDR_ANY);
   socklen_t size = sizeof at;
   const bool found = fd >= 0 && ::bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at) == 0 && ::getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size) == 0;
   const int error = errno;
   if (fd >= 0) ::close(fd);
-  if (!found) throw DeviceError(fmt::format("no free port at 127.0.0.1: {}", std::strerror(error)));
+  if (!found) throw DeviceError(fmt::format("no free port on this machine: {}", std::strerror(error)));
   return ntohs(at.sin_port);
 }
 
