@@ -26,7 +26,7 @@ struct Beats {
   bool together = false;              // all were started at the same time: who has not come kFirstSign after `silence` never will
 };
 
-inline constexpr std::chrono::seconds kFirstSign{10};  // what loading one rank's libraries may take longer than another's, besides
+inline constexpr std::chrono::seconds kFirstSign{5};  // what loading one rank's libraries may take longer than another's, besides
 
 class Heartbeat {
  public:

@@ -201,7 +201,7 @@ def test_the_hub_cache_is_where_huggingface_hub_has_it(job, environment, folder)
     (["train", "run.yml", "--num_nodes", "2"], "--num_nodes: expected a --hostfile that names the machines"),
     (["train", "run.yml", "--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
     (["train", "run.yml", "--num_gpus", "3"], "sequence_parallel_size (run.yml:3): expected a divisor of 3 ranks, found 2"),
-    (["train", "run.yml", "--num_gpus", "0"], "--num_gpus: expected at least 1, found 0"),
+    (["train", "run.yml", "--num_gpus", "0"], "--num_gpus: expected a whole number of at least 1, found '0'"),
 ])
 def test_refuses_with_one_sentence_and_2(job, arguments, said):
     done = job.run(*arguments)
