@@ -31,11 +31,18 @@ def one_line(value, limit=300):
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def _flush():
+    """Writes out what was printed; a stream that was closed when this process began is None."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
 def run(main, argv=None):
     """Runs `main(argv)` and ends the process with the exit code of what it raised (see the head of this file)."""
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
-        sys.stdout.flush()
+        _flush()
     except (UserError, NetworkError) as error:
         print(one_line(error, 2000), file=sys.stderr)
         code = error.exit_code
@@ -55,7 +62,6 @@ def run(main, argv=None):
                 file=sys.stderr,
             )
             code = 70
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     # The libraries' threads must not outlive, delay or change the exit code of a finished command.
     os._exit(code)

@@ -76,6 +76,10 @@ models::Spec find_model(const recipe::Recipe& recipe, Fetch fetch);
 // What the engine is told to load: the model's folder, or its name where only the shape is known.
 std::string model_place(const models::Spec& spec);
 
+// Until ranks run, and between their runs, nothing is to be saved: from now on being asked to stop ends this process with the code of a
+// run that has saved. For recipes that save states.
+void take_signals();
+
 // Where the tokenizer's files lie; empty: where the model's do, or not here.
 std::string tokenizer_folder(const recipe::Recipe& recipe);
 

@@ -109,8 +109,10 @@ std::optional<int> launch_elsewhere(const std::string& verb, Options& options) {
   launch::Node all{.hosts = hosts};
   ULY_USER_CHECK(all.world() % recipe.sequence_parallel_size == 0, "sequence_parallel_size ({}): expected a divisor of {} ranks, found {}", recipe.where("sequence_parallel_size"), all.world(), recipe.sequence_parallel_size);
   check_restarts(options, recipe);
+  const bool saves = verb == "train" && recipe::saves_states(recipe);
+  if (saves) take_signals();
   return launch::with_restarts(options.max_restarts, [&](double elapsed) {
-    launch::Lead job{.hosts = hosts, .arguments = arguments_of(verb, options), .master_address = options.master_address, .master_port = options.master_port, .ssh_port = options.ssh_port,
+    launch::Lead job{.hosts = hosts, .arguments = arguments_of(verb, options), .master_address = options.master_address, .master_port = options.master_port, .ssh_port = options.ssh_port, .saves = saves,
                      .agree = [&](const std::vector<Json>& facts) { return choose_device(options, hosts, facts); }};
     if (elapsed > 1) job.arguments.insert(job.arguments.end(), {"--elapsed", fmt::format("{:.0f}", elapsed)});
     return launch::lead(job);

@@ -10,6 +10,7 @@
 #include "base/log.h"
 #include "cli/job.h"
 #include "cli/verbs.h"
+#include "launch/child.h"
 
 namespace uly::cli {
 namespace {
@@ -18,6 +19,8 @@ const CLI::Validator kPositive([](std::string& text) {
   const std::optional<int64_t> n = launch::whole_number(text);
   return n && *n > 0 ? std::string() : fmt::format("expected a whole number of at least 1, found '{}'", text);
 }, "");
+
+const CLI::Validator kNotEmpty([](std::string& text) { return text.empty() ? std::string("expected a text, found none") : std::string(); }, "");
 
 struct Verb {
   const char* name;
@@ -127,7 +130,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   app.add_option("words", words, verb.takes_recipe ? "RECIPE.yml, then key.path=value ..." : "nothing");
   app.add_option_function<std::string>(
       "--device", [&](const std::string& device) { options.device = device; }, "cpu or cuda");
-  const CLI::Option* ranks = app.add_option("--num_gpus,--num_accelerators,--num-gpus", num_ranks, "ranks on this machine");
+  const CLI::Option* ranks = app.add_option("--num_gpus,--num_accelerators,--num-gpus", num_ranks, "ranks on this machine")->check(kPositive);
   app.add_option("--master_port,--master-port", options.master_port, "port at which the ranks meet")->check(CLI::Range(1, 65535));
   app.add_flag("--json", options.json, "for programs");
   if (std::string_view(verb.name) == "plan") {
@@ -152,16 +155,16 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   app.add_option("--dump", options.dump_folder, "")->group("");         // loss and gradients of each step, for tests
   app.add_option("--local_rank,--local-rank", ignored, "")->group("");  // other launchers pass it; LOCAL_RANK says it
   if (std::string_view(verb.name) == "train" || std::string_view(verb.name) == "rehearse") {
-    app.add_option("-H,--hostfile", options.hostfile, "machines, a line each: name slots=8");
-    app.add_option("-i,--include", options.hosts.include, "host:0,2@other: these only");
-    app.add_option("-e,--exclude", options.hosts.exclude, "host:0,2@other: all but these");
+    app.add_option("-H,--hostfile", options.hostfile, "machines, a line each: name slots=8")->check(kNotEmpty);
+    app.add_option("-i,--include", options.hosts.include, "host:0,2@other: these only")->check(kNotEmpty);
+    app.add_option("-e,--exclude", options.hosts.exclude, "host:0,2@other: all but these")->check(kNotEmpty);
     app.add_option("--num_nodes,--num-nodes", options.hosts.num_nodes, "the first hosts only")->check(kPositive);
     app.add_option("--node_rank,--node-rank", options.node_rank, "with --no_ssh: this machine's place among the hosts")->check(CLI::NonNegativeNumber);
-    app.add_option("--master_addr,--master-addr", options.master_address, "the first host's address");
+    app.add_option("--master_addr,--master-addr", options.master_address, "the first host's address")->check(kNotEmpty);
     app.add_option("--ssh_port,--ssh-port", options.ssh_port, "")->check(CLI::Range(1, 65535));
     app.add_flag("--no_ssh,--no-ssh", options.no_ssh, "the same command is started on each machine");
     app.add_flag("--force_multi,--force-multi", options.force_multi, "over ssh also where there is one host");
-    app.add_option("--enable_each_rank_log", options.log_folder, "a folder for a file of what each rank says");
+    app.add_option("--enable_each_rank_log", options.log_folder, "a folder for a file of what each rank says")->check(kNotEmpty);
   }
   if (std::string_view(verb.name) == "train") {
     app.add_option("--max_restarts,--max-restarts", options.max_restarts, "after exit code 75, start again so often")->check(CLI::NonNegativeNumber);
@@ -242,6 +245,7 @@ int run(std::vector<std::string> arguments, std::optional<launch::Node> node) {
 }  // namespace uly::cli
 
 int main(int argc, char** argv) {
+  uly::launch::keep_standard_streams();
   const bool led = argc == 2 && std::string_view(argv[1]) == uly::cli::kFollow;
   try {
     return uly::cli::run(std::vector<std::string>(argv + 1, argv + argc), std::nullopt);

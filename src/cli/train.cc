@@ -63,11 +63,6 @@ void stop_before_ranks(int signal) {
   ::_exit(static_cast<int>(Exit::kPreempted));  // what prepares dies with this process
 }
 
-// Until ranks run, and between their runs, nothing is to be saved: being asked to stop ends with the code of a run that has saved.
-void take_signals() {
-  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal, stop_before_ranks);
-}
-
 // Becomes the engine: the launcher that started this process watches it and has set its environment.
 [[noreturn]] void become_engine(const std::vector<std::string>& command) {
   std::fflush(stdout);
@@ -89,6 +84,10 @@ void check_restarts(const Options& options, const recipe::Recipe& recipe) {
   ULY_USER_CHECK(!options.no_ssh, "--max_restarts: expected no --no_ssh: nobody would start the ranks of all machines again together");
 }
 
+void take_signals() {
+  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal, stop_before_ranks);
+}
+
 std::string engine_program() {
   const std::string engine = launch::engine_path();
   ULY_USER_CHECK(::access(engine.c_str(), X_OK) == 0, "{}: expected the engine here: {}; `make build` makes it", engine, std::strerror(errno));
@@ -105,6 +104,7 @@ int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& m
   return launch::with_restarts(options.max_restarts, [&](double elapsed) {
     launch::LocalJob job{.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr};
     elapsed += options.elapsed_seconds;
+    job.again = elapsed > 0.5;  // a restart waits a second before it
     if (elapsed > 1) job.command.insert(job.command.end(), {"--elapsed", fmt::format("{:.0f}", elapsed)});
     return launch::run_local(job);
   });

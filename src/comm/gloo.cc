@@ -85,13 +85,13 @@ std::shared_ptr<Store> open_tcp_store(const TcpAddress& address) {
   c10d::TCPStoreOptions options;
   options.port = static_cast<uint16_t>(address.port);
   options.isServer = address.serves;
-  options.timeout = address.timeout;
-  options.waitWorkers = address.workers > 0;
-  if (address.workers > 0) options.numWorkers = static_cast<size_t>(address.workers);
+  options.timeout = address.patience;
+  options.waitWorkers = false;  // who has come is seen in the store
   if (address.serves)
     if (const auto at = address_of(address.host, address.port)) options.masterListenFd = listen_at(at->sin_addr, address.port);
   auto inside = std::make_unique<Store::Inside>();
   inside->store = c10::make_intrusive<c10d::TCPStore>(address.host, options);
+  inside->store->setTimeout(address.timeout);
   return std::make_shared<Store>(std::move(inside));
 }
 

@@ -32,8 +32,8 @@ struct TcpAddress {
   std::string host;
   int port = 0;
   bool serves = false;  // this process holds the store's server
-  int64_t workers = 0;  // who must have come before the server goes on; 0: does not wait
-  std::chrono::milliseconds timeout{0};
+  std::chrono::milliseconds patience{0};  // for the server to be there
+  std::chrono::milliseconds timeout{0};   // for a key
 };
 
 // Throws std::exception with c10d's own words.

@@ -24,7 +24,7 @@ constexpr seconds kFarewell{2};    // for a beat on its way at the end
 }  // namespace
 
 struct Heartbeat::State {
-  State(Beats b, std::shared_ptr<Store> s, std::function<void(const std::string&)> l) : beats(std::move(b)), store(std::move(s)), lost(std::move(l)) {
+  State(Beats b, std::function<std::shared_ptr<Store>()> c, std::function<void(const std::string&)> l) : beats(std::move(b)), connect(std::move(c)), lost(std::move(l)) {
     if (beats.rank > 0) seen.resize(1);
     else seen.resize(static_cast<size_t>(beats.size));
   }
@@ -53,8 +53,22 @@ struct Heartbeat::State {
     answered = tick;
   }
 
+  // False where this rank ends before.
+  bool reach_store() {
+    for (;;) {
+      try {
+        store = connect();
+        return true;
+      } catch (const std::exception&) {
+        // Who keeps it has not come yet.
+      }
+      std::unique_lock lock(mutex);
+      if (changed.wait_for(lock, kFirstBeats, [&] { return stopped; })) return false;
+    }
+  }
+
   void beat() {
-    try {
+    if (reach_store()) try {
       store->set(key("who", beats.rank), beats.who);
       for (;;) {
         round();
@@ -78,13 +92,21 @@ struct Heartbeat::State {
 
   // Who has been silent for too long; "" if nobody. Under the lock.
   std::string missing() const {
-    const int64_t limit = beats.silence.count();
+    const int64_t limit = beats.silence.count(), first = limit + kFirstSign.count();
+    const auto never_came = [&](int64_t last) { return last < 0 && beats.together && tick > first; };
     const auto name = [](int64_t rank, const Seen& s) { return s.who.empty() ? fmt::format("rank {}", rank) : fmt::format("rank {} ({})", rank, s.who); };
-    std::string gone;
-    if (beats.rank > 0 && tick - answered > limit) gone = beats.served_by_first ? name(0, seen[0]) : "the store at " + beats.place;
+    std::string gone, late;
+    const auto add = [&](std::string& to, const std::string& who) { to += (to.empty() ? "" : ", ") + who; };
+    if (beats.rank > 0 && answered >= 0 && tick - answered > limit) add(gone, beats.served_by_first ? name(0, seen[0]) : "the store at " + beats.place);
+    else if (beats.rank > 0 && never_came(answered)) add(late, name(0, seen[0]));
     else
-      for (size_t r = 0; r < seen.size(); ++r)
-        if (seen[r].tick >= 0 && tick - seen[r].tick > limit) gone += (gone.empty() ? "" : ", ") + name(static_cast<int64_t>(r), seen[r]);
+      for (size_t r = 0; r < seen.size(); ++r) {
+        if (static_cast<int64_t>(r) == beats.rank || (beats.rank > 0 && r > 0)) continue;
+        if (seen[r].tick >= 0 && tick - seen[r].tick > limit) add(gone, name(static_cast<int64_t>(r), seen[r]));
+        else if (never_came(seen[r].tick)) add(late, name(static_cast<int64_t>(r), seen[r]));
+      }
+    if (!late.empty() && gone.empty())
+      return fmt::format("{}: no sign of life in the {} s since the start: stopped or hung, or its machine or the link to it is down (if its libraries take longer to load, more seconds by ULYSSES_SILENCE)", late, first);
     return gone.empty() ? "" : fmt::format("{}: no sign of life for {} s: stopped or hung, or its machine or the link to it is down", gone, limit);
   }
 
@@ -100,16 +122,17 @@ struct Heartbeat::State {
   }
 
   const Beats beats;
+  const std::function<std::shared_ptr<Store>()> connect;
   std::shared_ptr<Store> store;  // the beating thread's
   const std::function<void(const std::string&)> lost;
   std::mutex mutex;
   std::condition_variable changed;
   bool stopped = false, beating = true;
-  int64_t tick = 0, answered = 0;
+  int64_t tick = 0, answered = -1;  // when the store last answered; -1: never
   std::vector<Seen> seen;  // rank 0: of all; the others: of rank 0
 };
 
-Heartbeat::Heartbeat(const Beats& beats, const std::function<std::shared_ptr<Store>()>& connect, std::function<void(const std::string&)> lost) : state_(std::make_shared<State>(beats, connect(), std::move(lost))) {
+Heartbeat::Heartbeat(const Beats& beats, const std::function<std::shared_ptr<Store>()>& connect, std::function<void(const std::string&)> lost) : state_(std::make_shared<State>(beats, connect, std::move(lost))) {
   std::thread([state = state_] { state->beat(); }).detach();
   std::thread([state = state_] { state->watch(); }).detach();
 }

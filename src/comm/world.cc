@@ -17,6 +17,11 @@
 namespace uly::comm {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+constexpr milliseconds kLook{40};  // between looks at whether all have come
+
 std::optional<std::string> variable(const char* name) {
   const char* value = std::getenv(name);
   return value && *value ? std::optional<std::string>(value) : std::nullopt;
@@ -39,25 +44,106 @@ std::string first_line(const char* text) {
   return whole.substr(0, whole.find('\n'));
 }
 
+// How to reach the store, and how long one attempt to may take.
 TcpAddress address_of(const Rendezvous& r) {
+  constexpr milliseconds kAttempt{2000};
   // By number where all is here: then the server listens at the loopback interface only.
-  return {.host = r.one_machine && is_loopback(r.address) ? "127.0.0.1" : r.address, .port = r.port, .timeout = r.timeout};
+  return {.host = r.one_machine && is_loopback(r.address) ? "127.0.0.1" : r.address, .port = r.port, .patience = kAttempt, .timeout = r.timeout};
 }
 
+[[noreturn]] void give_up() { throw Error(Exit::kPreempted, "stopped before the first step; start again"); }
+
+bool interrupted(const Rendezvous& r) { return r.interrupted && r.interrupted(); }
+
+[[noreturn]] void did_not_meet(const Rendezvous& r, const std::string& why) {
+  throw DeviceError(fmt::format("rank {}: the {} ranks did not meet at {}:{} within {} s: {}", r.rank, r.size, r.address, r.port, std::chrono::duration_cast<std::chrono::seconds>(r.timeout).count(), why));
+}
+
+// Rank 0 begins to serve it; the others wait until it does.
 std::shared_ptr<Store> open_store(const Rendezvous& r) {
   TcpAddress address = address_of(r);
   address.serves = r.rank == 0 && !r.served_elsewhere;
-  address.workers = r.served_elsewhere ? 0 : r.size;
-  try {
-    return open_tcp_store(address);
-  } catch (const std::exception& e) {
-    const std::string why = first_line(e.what());
-    if (address.serves && (why.find("in use") != std::string::npos || why.find("EADDRINUSE") != std::string::npos))
-      user_error("port {} at {} is in use by another program; choose another with --master_port", r.port, r.address);
-    throw DeviceError(fmt::format("rank {}: the {} ranks did not meet at {}:{} within {} s: {}", r.rank, r.size, r.address, r.port,
-                                  std::chrono::duration_cast<std::chrono::seconds>(r.timeout).count(), why));
+  for (const Clock::time_point end = Clock::now() + r.timeout;;) {
+    if (interrupted(r)) give_up();
+    try {
+      return open_tcp_store(address);
+    } catch (const std::exception& e) {
+      const std::string why = first_line(e.what());
+      if (address.serves && (why.find("in use") != std::string::npos || why.find("EADDRINUSE") != std::string::npos))
+        user_error("port {} at {} is in use by another program; choose another {}", r.port, r.address, r.by_ulysses ? "with --master_port" : "by the environment variable MASTER_PORT, the same for all ranks");
+      if (address.serves || Clock::now() > end) did_not_meet(r, why);
+    }
+    std::this_thread::sleep_for(kLook);
   }
 }
+
+// Ranks that have opened the store wait here for the others. Rank 0 says when all have come; or, if one was interrupted, that nobody goes
+// on: all do the same.
+class Meeting {
+ public:
+  Meeting(const Rendezvous& r, Store& store) : r_(r), store_(store) {}
+
+  void wait() {
+    try {
+      add("met", 1);
+      add(fmt::format("met/{}", r_.rank), 1);
+      r_.rank == 0 ? lead() : follow();
+    } catch (const Error&) {
+      throw;
+    } catch (const std::exception& e) {
+      if (interrupted(r_)) give_up();
+      did_not_meet(r_, first_line(e.what()));
+    }
+  }
+
+ private:
+  int64_t add(const std::string& key, int64_t number) { return store_.add(r_.prefix + key, number); }
+  int64_t count(const std::string& key) { return add(key, 0); }
+
+  void lead() {
+    for (;;) {
+      if (interrupted(r_) || count("stop") > 0) {
+        add("go", -1);
+        for (const Clock::time_point end = Clock::now() + kFarewell; count("left") + 1 < count("met") && Clock::now() < end;) std::this_thread::sleep_for(kLook);
+        give_up();
+      }
+      if (count("met") >= r_.size) break;
+      pause([&] { return missing(); });
+    }
+    add("go", 1);
+  }
+
+  void follow() {
+    bool told = false;
+    for (int64_t go = 0; (go = count("go")) <= 0;) {
+      if (go < 0) {
+        add("left", 1);
+        give_up();
+      }
+      if (!told && interrupted(r_)) add("stop", 1), told = true;
+      pause([] { return std::string("rank 0 has not said that all have come"); });
+    }
+  }
+
+  template <typename Why>
+  void pause(Why&& why) {
+    const Clock::time_point now = Clock::now();
+    if (now - began_ > r_.timeout) did_not_meet(r_, why());
+    std::this_thread::sleep_for(now - began_ < kSoon ? kLook : 5 * kLook);
+  }
+
+  std::string missing() {
+    std::string list;
+    for (int64_t rank = 0; rank < r_.size; ++rank)
+      if (count(fmt::format("met/{}", rank)) == 0) list += fmt::format("{}{}", list.empty() ? "" : ", ", rank);
+    return fmt::format("missing: rank {}", list);
+  }
+
+  static constexpr milliseconds kFarewell{1000}, kSoon{5000};
+  const Rendezvous& r_;
+  Store& store_;
+  const Clock::time_point began_ = Clock::now();
+};
 
 // This process in words. The machine has the name by which the launcher knows it.
 std::string who() {
@@ -68,12 +154,8 @@ std::string who() {
 
 std::unique_ptr<Heartbeat> make_heartbeat(const Rendezvous& r) {
   if (r.size == 1 || r.silence.count() == 0) return nullptr;
-  const Beats beats{.rank = r.rank, .size = r.size, .prefix = r.prefix, .who = who(), .place = fmt::format("{}:{}", r.address, r.port), .served_by_first = !r.served_elsewhere, .silence = r.silence};
-  try {
-    return std::make_unique<Heartbeat>(beats, [&] { return open_tcp_store(address_of(r)); }, [](const std::string& words) { throw DeviceError(words); });
-  } catch (const std::exception& e) {
-    throw DeviceError(fmt::format("rank {}: could not connect to {}: {}", r.rank, beats.place, first_line(e.what())));
-  }
+  const Beats beats{.rank = r.rank, .size = r.size, .prefix = r.prefix, .who = who(), .place = fmt::format("{}:{}", r.address, r.port), .served_by_first = !r.served_elsewhere, .silence = r.silence, .together = r.together};
+  return std::make_unique<Heartbeat>(beats, [address = address_of(r)] { return open_tcp_store(address); }, [](const std::string& words) { throw DeviceError(words); });
 }
 
 }  // namespace
@@ -89,6 +171,9 @@ Rendezvous rendezvous_from_environment() {
   ULY_USER_CHECK(r.port < 65536, "environment variable MASTER_PORT: expected a port from 1 to 65535, found {}", r.port);
   r.one_machine = is_loopback(r.address) || number("LOCAL_WORLD_SIZE", 0, 1) == r.size;
   r.prefix = variable("ULYSSES_JOB_TOKEN").value_or(r.prefix);
+  const std::string started = variable("ULYSSES_STARTED").value_or("");
+  r.together = started == "together";
+  r.by_ulysses = !started.empty();
   r.silence = std::chrono::seconds(number("ULYSSES_SILENCE", r.silence.count(), 0));
   // torchrun's agent keeps the store at this address and numbers its restarts.
   if (variable("TORCHELASTIC_USE_AGENT_STORE").value_or("") == "True") {
@@ -108,8 +193,9 @@ World& World::operator=(World&&) noexcept = default;
 World::~World() = default;
 
 World World::join(const Rendezvous& rendezvous) {
+  std::unique_ptr<Heartbeat> heartbeat = make_heartbeat(rendezvous);  // first of all: it finds who does not even come
   const std::shared_ptr<Store> store = rendezvous.size > 1 ? open_store(rendezvous) : nullptr;
-  std::unique_ptr<Heartbeat> heartbeat = make_heartbeat(rendezvous);
+  if (store) Meeting(rendezvous, *store).wait();
   World world(rendezvous, store);
   world.heartbeat_ = std::move(heartbeat);
   return world;

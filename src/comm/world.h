@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,6 +23,9 @@ struct Rendezvous {
   bool one_machine = true;        // all ranks are here: nothing listens beyond the loopback interface
   bool served_elsewhere = false;  // a launcher keeps the store: no rank serves it
   std::string prefix;             // of this job's keys in the store
+  bool together = false;          // one launcher has started all ranks at the same time: who does not come soon is missed
+  bool by_ulysses = false;        // ulysses has started this rank, and chosen the port
+  std::function<bool()> interrupted;  // polled until all have come: whether to give up
 
   // How long a collective, or joining, waits for a peer. Ranks wait here while the first prepares, so not less than
   // the slowest rank may lag behind.
@@ -31,7 +35,8 @@ struct Rendezvous {
 };
 
 // Reads RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and what torchrun adds. Without RANK and
-// WORLD_SIZE: one rank. ULYSSES_JOB_TOKEN: a word that only this job knows.
+// WORLD_SIZE: one rank. ULYSSES_JOB_TOKEN: a word that only this job knows. ULYSSES_STARTED, from ulysses: "together" or, where the
+// same command is started on each machine, "apart".
 // ULYSSES_SILENCE: `silence`. Throws UserError naming the variable that is no number or out of range.
 Rendezvous rendezvous_from_environment();
 
@@ -39,7 +44,8 @@ Rendezvous rendezvous_from_environment();
 // being made anywhere.
 class World {
  public:
-  // Returns when all ranks have come. Throws DeviceError if they do not come in time, UserError if the port is taken. As long as it
+  // Returns when all ranks have come. Throws DeviceError if they do not come in time, UserError if the port is taken, and an Error with
+  // Exit::kPreempted on each rank that has come, if any of them is interrupted before that. From its beginning, and as long as it
   // lives, a rank that gives no sign of life any more ends this process: a DeviceError that names it leaves a thread.
   static World join(const Rendezvous& rendezvous);
 

@@ -45,6 +45,11 @@ std::vector<char*> pointers(const std::vector<std::string>& texts) {
 
 }  // namespace
 
+void keep_standard_streams() {
+  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
+    if (::fcntl(fd, F_GETFD) < 0 && errno == EBADF) [[maybe_unused]] const int opened = ::open("/dev/null", O_RDWR);  // the lowest that is free
+}
+
 pid_t start_child(const ChildOptions& options) {
   const std::vector<char*> arguments = pointers(options.command), environment = pointers(options.environment);
   int report[2];

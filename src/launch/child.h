@@ -16,6 +16,9 @@ struct ChildOptions {
   bool own_group = false;                // a process group of its own: a terminal's Ctrl-C does not reach it
 };
 
+// Opens those of stdin, stdout and stderr that are closed to nothing: else the next file or pipe would become one of them.
+void keep_standard_streams();
+
 // Starts it and returns its pid. It is killed when this process dies. Throws UserError if it cannot be started.
 pid_t start_child(const ChildOptions& options);
 

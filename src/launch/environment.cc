@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstdlib>
 #include <filesystem>
+#include <random>
 #include <string_view>
 
 #include "base/check.h"
@@ -147,7 +148,13 @@ std::string first_of_hosts(const std::string& list) {
   return host.substr(0, bracket) + number + (end == std::string::npos ? "" : list.substr(end + 1, comma == std::string::npos ? comma : comma - end - 1));
 }
 
+std::string job_token() {
+  std::random_device random;
+  return fmt::format("{:08x}{:08x}{:08x}{:08x}/", random(), random(), random(), random());
+}
+
 void set_place(const Place& place) {
+  ::unsetenv("ULYSSES_STARTED");  // another launcher has
   for (const auto& [name, value] : {std::pair{"RANK", place.rank}, {"WORLD_SIZE", place.world_size}, {"LOCAL_RANK", place.local_rank}, {"LOCAL_WORLD_SIZE", place.local_world_size}, {"MASTER_PORT", int64_t{place.master_port}}})
     ::setenv(name, std::to_string(value).c_str(), 1);
   ::setenv("MASTER_ADDR", place.master_address.c_str(), 1);

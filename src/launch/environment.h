@@ -28,6 +28,9 @@ struct Place {
 // started such a job. Throws UserError naming the variable that is no number, out of range, or missing.
 std::optional<Place> place_in_job();
 
+// Nobody else's guess: names a job's keys where its ranks meet.
+std::string job_token();
+
 // Puts a place into this process's environment, for the program that it becomes.
 void set_place(const Place& place);
 

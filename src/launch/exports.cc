@@ -18,11 +18,19 @@ namespace fs = std::filesystem;
 
 // The reference's, and what this program and what it calls read.
 constexpr std::array<std::string_view, 13> kPrefixes = {"MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "WANDB", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "ULYSSES_", "OMP_", "CUDA_DEVICE_ORDER"};
-// They say where things are on this machine, or are a rank's own.
-constexpr std::array<std::string_view, 2> kOurs = {"ULYSSES_ENGINE", "ULYSSES_PYTHON"};
+// They say where things are on this machine, or are this job's own.
+constexpr std::array<std::string_view, 4> kOurs = {"ULYSSES_ENGINE", "ULYSSES_PYTHON", "ULYSSES_JOB_TOKEN", "ULYSSES_STARTED"};
 
 bool is_exported(std::string_view name) {
   return std::any_of(kPrefixes.begin(), kPrefixes.end(), [&](std::string_view prefix) { return name.starts_with(prefix); }) && std::find(kOurs.begin(), kOurs.end(), name) == kOurs.end();
+}
+
+// What may be printed of a name.
+std::string readable(std::string_view name) {
+  std::string text(name);
+  for (char& c : text)
+    if (static_cast<unsigned char>(c) < 0x20 || static_cast<unsigned char>(c) >= 0x7f) c = '?';
+  return text;
 }
 
 void set(Variables& all, std::string name, std::string value) {
@@ -45,18 +53,36 @@ void read_file(const fs::path& path, Variables& all) {
     // What the line holds may be a secret: it is not repeated.
     ULY_USER_CHECK(!name.empty() && !std::isdigit(static_cast<unsigned char>(name[0])) && std::all_of(name.begin(), name.end(), [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; }),
                    "{}:{}: expected KEY=VALUE, a blank line or a comment", path.string(), number);
+    ULY_USER_CHECK(is_utf8(line.substr(equals + 1)), "{}:{}: {}: expected a value in UTF-8", path.string(), number, name);
     set(all, name, line.substr(equals + 1));
   }
 }
 
 }  // namespace
 
+bool is_utf8(std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    const auto byte = [&](size_t at) { return at < text.size() ? static_cast<unsigned char>(text[at]) : 0u; };
+    const unsigned first = byte(i), second = byte(i + 1);
+    const size_t length = first < 0x80 ? 1 : first >= 0xc2 && first < 0xe0 ? 2 : (first & 0xf0u) == 0xe0 ? 3 : first >= 0xf0 && first < 0xf5 ? 4 : 0;
+    if (length == 0) return false;
+    for (size_t k = 1; k < length; ++k)
+      if ((byte(i + k) & 0xc0u) != 0x80) return false;
+    // Overlong, a surrogate, beyond U+10FFFF.
+    if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second >= 0xa0) || (first == 0xf0 && second < 0x90) || (first == 0xf4 && second >= 0x90)) return false;
+    i += length;
+  }
+  return true;
+}
+
 Variables exported_variables() {
   Variables all;
   for (char** at = environ; at && *at; ++at) {
     const std::string_view entry = *at;
     const size_t equals = entry.find('=');
-    if (equals != std::string_view::npos && is_exported(entry.substr(0, equals))) set(all, std::string(entry.substr(0, equals)), std::string(entry.substr(equals + 1)));
+    if (equals == std::string_view::npos || !is_exported(entry.substr(0, equals))) continue;
+    ULY_USER_CHECK(is_utf8(entry), "environment variable {}: expected a value in UTF-8, as ranks on other machines get it", readable(entry.substr(0, equals)));
+    set(all, std::string(entry.substr(0, equals)), std::string(entry.substr(equals + 1)));
   }
   const std::string name = variable("DS_ENV_FILE").value_or(".deepspeed_env");
   std::error_code error;

@@ -59,21 +59,25 @@ Host host_of(std::string_view line, const std::string& where) {
 // "a:0,2@b" as slots by host; none named: all that it has.
 std::map<std::string, std::set<int64_t>> hosts_and_slots(const std::string& text, const char* option, const std::vector<Host>& hosts) {
   std::map<std::string, std::set<int64_t>> chosen;
-  for (const std::string& part : split(text, '@')) {
-    const size_t colon = part.find(':');
-    const std::string name = part.substr(0, colon);
-    const auto host = std::find_if(hosts.begin(), hosts.end(), [&](const Host& h) { return h.name == name; });
-    ULY_USER_CHECK(host != hosts.end(), "{}: expected hosts of the hostfile, as in host:0,2@other, found '{}'", option, name);
-    std::set<int64_t>& slots = chosen[name];
-    if (colon == std::string::npos) {
-      slots.insert(host->slots.begin(), host->slots.end());
-      continue;
+  for (size_t at = 0; at <= text.size();) {
+    // The longest name that stands here: names may have @ and : in them too.
+    const std::string_view rest = std::string_view(text).substr(at);
+    const Host* host = nullptr;
+    for (const Host& h : hosts) {
+      const bool ends = rest.size() == h.name.size() || (rest.size() > h.name.size() && (rest[h.name.size()] == '@' || rest[h.name.size()] == ':'));
+      if (ends && rest.starts_with(h.name) && (!host || h.name.size() > host->name.size())) host = &h;
     }
-    for (const std::string& number : split(part.substr(colon + 1), ',')) {
-      const std::optional<int64_t> slot = whole_number(number);
-      ULY_USER_CHECK(slot && std::find(host->slots.begin(), host->slots.end(), *slot) != host->slots.end(), "{}: {}: expected slots 0 to {}, found '{}'", option, name, host->slots.size() - 1, number);
-      slots.insert(*slot);
-    }
+    ULY_USER_CHECK(host, "{}: expected hosts of the hostfile, as in host:0,2@other, found '{}'", option, rest.substr(0, rest.find_first_of(":@")));
+    const size_t after = at + host->name.size(), end = std::min(text.find('@', after), text.size());
+    std::set<int64_t>& slots = chosen[host->name];
+    if (after == end) slots.insert(host->slots.begin(), host->slots.end());
+    else
+      for (const std::string& number : split(text.substr(after + 1, end - after - 1), ',')) {
+        const std::optional<int64_t> slot = whole_number(number);
+        ULY_USER_CHECK(slot && std::find(host->slots.begin(), host->slots.end(), *slot) != host->slots.end(), "{}: {}: expected slots 0 to {}, found '{}'", option, host->name, host->slots.size() - 1, number);
+        slots.insert(*slot);
+      }
+    at = end + 1;
   }
   return chosen;
 }

@@ -12,7 +12,6 @@
 #include <cstring>
 #include <filesystem>
 #include <optional>
-#include <random>
 #include <set>
 #include <utility>
 
@@ -20,6 +19,7 @@
 #include "base/log.h"
 #include "launch/child.h"
 #include "launch/environment.h"
+#include "launch/exports.h"
 #include "launch/lines.h"
 #include "launch/signals.h"
 
@@ -55,17 +55,12 @@ Json to_json(const std::vector<Host>& hosts) {
   return all;
 }
 
-// Nobody else's guess: names this job's keys where ranks meet.
-std::string token() {
-  std::random_device random;
-  return fmt::format("{:08x}{:08x}{:08x}{:08x}/", random(), random(), random(), random());
-}
-
 struct Follower {
   Host host;
   bool here = false;  // no ssh
   pid_t pid = -1;
   int in = -1;
+  std::string unsent;  // for it: the pipe is full
   LineReader out, error;
   std::string spoken;                // on stderr before it has said what it is
   std::string held;                  // of its end
@@ -91,6 +86,11 @@ class Leader {
  public:
   explicit Leader(const Lead& job) : job_(job) {
     std::signal(SIGPIPE, SIG_IGN);
+    std::error_code error;
+    folder_ = std::filesystem::current_path(error).string();
+    ULY_USER_CHECK(is_utf8(folder_), "{}: expected a folder whose path is UTF-8, as other machines are told it", Json(folder_).dump(-1, ' ', true, Json::error_handler_t::replace));
+    for (const std::string& argument : job.arguments)
+      ULY_USER_CHECK(is_utf8(argument), "command line: expected UTF-8, as other machines are told it, found {}", Json(argument).dump(-1, ' ', true, Json::error_handler_t::replace));
     followers_.reserve(job.hosts.size());
     for (const Host& host : job.hosts) start(host);
   }
@@ -110,7 +110,7 @@ class Leader {
       turn();
       for (const Follower& f : followers_)
         if (f.status && !f.facts) refuse(f);
-      if (asked_to_end_ != 0) return 128 + asked_to_end_;
+      if (asked_to_end_ != 0) return stopped();
       if (Clock::now() > deadline) {
         std::vector<std::string> silent;
         for (const Follower& f : followers_)
@@ -132,6 +132,15 @@ class Leader {
   }
 
  private:
+  // Asked to end, nothing having been saved.
+  int stopped() const {
+    if (job_.saves && !gone_) {
+      say("stopped before the first step; start again");
+      return static_cast<int>(Exit::kPreempted);
+    }
+    say("stopped by {}", signal_name(asked_to_end_));
+    return 128 + asked_to_end_;
+  }
   template <typename F>
   bool all(F&& is) const { return std::all_of(followers_.begin(), followers_.end(), is); }
 
@@ -145,8 +154,21 @@ class Leader {
   [[noreturn]] void refuse(const Follower& f);
 
   void tell(const std::string& line) {
-    for (const Follower& f : followers_)
-      if (f.in >= 0) write_all(f.in, line);
+    for (Follower& f : followers_) tell(f, line);
+  }
+  void tell(Follower& f, const std::string& line) {
+    if (f.in < 0) return;
+    f.unsent += line;
+    send(f);
+  }
+  // As much as the pipe takes.
+  void send(Follower& f) {
+    while (f.in >= 0 && !f.unsent.empty()) {
+      const ssize_t n = ::write(f.in, f.unsent.data(), f.unsent.size());
+      if (n > 0) f.unsent.erase(0, static_cast<size_t>(n));
+      else if (errno == EAGAIN) return;
+      else if (errno != EINTR) f.unsent.clear();  // its end is seen elsewhere
+    }
   }
   void close_in(Follower& f) {
     if (f.in >= 0) ::close(f.in);
@@ -155,6 +177,8 @@ class Leader {
   std::string prefix(const Follower& f) const { return &f == &followers_[0] ? "" : fmt::format("[{}] ", f.host.name); }
 
   const Lead& job_;
+  const Variables variables_ = exported_variables();  // what is wrong with them is said before anything is started
+  std::string folder_;
   Signals signals_;
   std::vector<Follower> followers_;
   Clock::time_point beat_ = Clock::now();
@@ -162,6 +186,7 @@ class Leader {
   const Follower* cause_ = nullptr;
   bool killed_rest_ = false;
   int asked_to_end_ = 0;
+  Clock::time_point asked_at_{};
   bool gone_ = false;           // all are ready: ranks run
   std::set<std::string> said_;  // until then; what each machine finds for itself is told once
 };
@@ -220,27 +245,33 @@ void Leader::send_job() {
     ULY_USER_CHECK(alone || !addresses.empty(), "{}: it has no address but its own loopback: give --master_addr", followers_[0].host.name);
     address = alone ? "127.0.0.1" : addresses[0];
   }
-  std::error_code error;
-  Json job = {{"folder", std::filesystem::current_path(error).string()}, {"hosts", to_json(job_.hosts)}, {"master_address", address}, {"master_port", job_.master_port > 0 ? job_.master_port : facts[0].at("port").get<int>()}, {"arguments", job_.arguments}, {"variables", Json::array()}};
+  Json job = {{"folder", folder_}, {"hosts", to_json(job_.hosts)}, {"master_address", address}, {"master_port", job_.master_port > 0 ? job_.master_port : facts[0].at("port").get<int>()}, {"arguments", job_.arguments}, {"variables", Json::array()}};
   for (const std::string& argument : more) job["arguments"].push_back(argument);
-  job["variables"].push_back({"ULYSSES_JOB_TOKEN", token()});
-  for (const auto& [name, value] : exported_variables()) job["variables"].push_back({name, value});
+  job["variables"].push_back({"ULYSSES_JOB_TOKEN", job_token()});
+  for (const auto& [name, value] : variables_) job["variables"].push_back({name, value});
   for (size_t i = 0; i < followers_.size(); ++i) {
     job["index"] = i;
-    write_all(followers_[i].in, job.dump() + "\n");
+    tell(followers_[i], job.dump() + "\n");
   }
 }
 
 void Leader::turn() {
   std::vector<pollfd> fds = {{signals_.fd(), POLLIN, 0}};
-  for (const Follower& f : followers_)
+  for (const Follower& f : followers_) {
     for (int fd : {f.out.fd, f.error.fd})
       if (fd >= 0) fds.push_back({fd, POLLIN, 0});
+    if (f.in >= 0 && !f.unsent.empty()) fds.push_back({f.in, POLLOUT, 0});
+  }
   ::poll(fds.data(), fds.size(), 100);
+  for (Follower& f : followers_) send(f);
   for (int signal : signals_.take()) {
+    const auto now = Clock::now();
+    if (asked_to_end_ != 0 && now - asked_at_ < kRepeat) continue;
     if (asked_to_end_ != 0) {  // a second one: at once
       tell("signal 9\n");
       for (Follower& f : followers_) close_in(f);
+    } else {
+      asked_at_ = now;
     }
     asked_to_end_ = signal;
     tell(fmt::format("signal {}\n", signal));
@@ -313,10 +344,7 @@ int Leader::conclude() {
     write_all(STDERR_FILENO, text);
   }
   if (!cause_) return 0;
-  if (asked_to_end_ != 0 && (cause_->killed() || cause_->code() > 128)) {
-    say("stopped by {}", signal_name(asked_to_end_));
-    return 128 + asked_to_end_;
-  }
+  if (asked_to_end_ != 0 && (cause_->killed() || cause_->code() > 128)) return stopped();
   const char* others = followers_.size() > 1 ? "; the other machines' ranks were stopped" : "";
   if (cause_->code() > 128) {
     say("{}: heard nothing of this ulysses for too long and ended{}", cause_->host.name, others);

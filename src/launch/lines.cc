@@ -1,5 +1,6 @@
 #include "launch/lines.h"
 
+#include <poll.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -9,7 +10,12 @@ namespace uly::launch {
 void write_all(int fd, const std::string& text) {
   for (size_t at = 0; at < text.size();) {
     const ssize_t n = ::write(fd, text.data() + at, text.size() - at);
-    if (n < 0 && errno != EINTR) return;
+    if (n < 0 && errno == EAGAIN) {  // whoever shares it has made it so
+      pollfd room{fd, POLLOUT, 0};
+      ::poll(&room, 1, -1);
+    } else if (n < 0 && errno != EINTR) {
+      return;
+    }
     if (n > 0) at += static_cast<size_t>(n);
   }
 }

@@ -32,6 +32,8 @@ using std::chrono::milliseconds;
 constexpr milliseconds kSettle{300};
 // A rank that has said its error and does not end is quoted after so long.
 constexpr milliseconds kHold{5000};
+// Ranks save and end together: one that still runs so long after another has saved is stopped or hung.
+constexpr milliseconds kAfterSaved{10000};
 
 struct Rank {
   int64_t rank = 0;
@@ -96,13 +98,16 @@ class Watch {
   }
 
   const LocalJob& job_;
+  const std::optional<std::string> token_ = job_.node ? variable("ULYSSES_JOB_TOKEN") : job_token();  // on several machines it is for all
   Signals signals_;
   std::vector<Rank> ranks_;
   const Rank* cause_ = nullptr;                 // the rank that failed first
   std::optional<Clock::time_point> failed_at_;  // when a failure was first seen
+  std::optional<Clock::time_point> saved_at_;   // when a rank was first seen that had saved and ended
   std::optional<Clock::time_point> stop_at_;    // when SIGTERM was sent to the rest
   bool killed_rest_ = false;
   int asked_to_end_ = 0;  // the signal that was passed on
+  Clock::time_point asked_at_{};
 };
 
 void Watch::start(int64_t local_rank, int port) {
@@ -125,6 +130,8 @@ void Watch::start(int64_t local_rank, int port) {
                                           {"OMP_NUM_THREADS", threads},
                                           {"CUDA_DEVICE_ORDER", cuda_device_order()},
                                           {"ULYSSES_HOST", job_.node ? std::optional(job_.node->hosts[static_cast<size_t>(job_.node->index)].name) : std::nullopt},
+                                          {"ULYSSES_JOB_TOKEN", token_},
+                                          {"ULYSSES_STARTED", job_.node && !led() ? "apart" : "together"},
                                           {"TORCHELASTIC_USE_AGENT_STORE", std::nullopt}});
   Rank r;
   r.rank = rank;
@@ -148,7 +155,7 @@ void Watch::start(int64_t local_rank, int port) {
 void Watch::open_log(Rank& r) {
   if (job_.log_folder.empty()) return;
   const std::string path = fmt::format("{}/rank_{}.log", job_.log_folder, r.rank);
-  r.log_fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  r.log_fd = ::open(path.c_str(), O_WRONLY | O_CREAT | (job_.again ? O_APPEND : O_TRUNC) | O_CLOEXEC, 0666);
   ULY_USER_CHECK(r.log_fd >= 0, "--enable_each_rank_log: {} cannot be written: {}", path, std::strerror(errno));
 }
 
@@ -186,19 +193,25 @@ void Watch::reap() {
     if (r.status || ::waitpid(r.pid, &status, WNOHANG) != r.pid) continue;
     r.status = status;
     if (r.failed() && !r.saved() && !failed_at_) failed_at_ = Clock::now();
+    if (r.saved() && !saved_at_) saved_at_ = Clock::now();
   }
 }
 
 void Watch::pass_on(int signal) {
   if (asked_to_end_ == 0) {
     asked_to_end_ = signal;
+    asked_at_ = Clock::now();
     return kill_all(signal);
   }
-  kill_all(SIGKILL);
+  if (Clock::now() - asked_at_ >= kRepeat) kill_all(SIGKILL);
 }
 
 void Watch::act() {
   const auto now = Clock::now();
+  if (!failed_at_ && saved_at_ && now - *saved_at_ > kAfterSaved && !std::exchange(killed_rest_, true)) {
+    choose_cause();
+    kill_all(SIGKILL);
+  }
   if (!failed_at_ || now - *failed_at_ < kSettle) return;
   if (!stop_at_) {
     choose_cause();
@@ -253,12 +266,12 @@ int free_port() {
   const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   sockaddr_in at{};
   at.sin_family = AF_INET;
-  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  at.sin_addr.s_addr = htonl(INADDR_ANY);
   socklen_t size = sizeof at;
   const bool found = fd >= 0 && ::bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at) == 0 && ::getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size) == 0;
   const int error = errno;
   if (fd >= 0) ::close(fd);
-  if (!found) throw DeviceError(fmt::format("no free port at 127.0.0.1: {}", std::strerror(error)));
+  if (!found) throw DeviceError(fmt::format("no free port on this machine: {}", std::strerror(error)));
   return ntohs(at.sin_port);
 }
 

@@ -18,6 +18,7 @@ struct LocalJob {
   int64_t cores = 1;                      // shared among the ranks: OMP_NUM_THREADS, unless that is set
   std::chrono::milliseconds grace{5000};  // between SIGTERM and SIGKILL
   std::string log_folder;                 // a file rank_3.log of what each rank says, besides; "": none
+  bool again = false;                     // not the first start: log files go on
   const Node* node = nullptr;             // of a job on several machines: `ranks` are those here
 };
 
@@ -29,11 +30,11 @@ struct LocalJob {
 // failure is told once.
 //
 // When a rank fails the others get SIGTERM, and SIGKILL after `grace`. A rank that a signal ended counts as a failed
-// device: 75. SIGINT, SIGTERM and SIGHUP are passed on to the ranks, which may end as they see fit; a second one kills
-// them at once, and the result is 128 + the signal, as it is if they die of it. If this process dies they die.
+// device: 75. SIGINT, SIGTERM and SIGHUP are passed on to the ranks, which may end as they see fit; a second one, from a
+// second after it on, kills them at once, and the result is 128 + the signal, as it is if they die of it. If this process dies they die.
 Ended run_local(const LocalJob& job);
 
-// A TCP port that nobody listens at on 127.0.0.1.
+// A TCP port that nobody listens at, at any of this machine's addresses.
 int free_port();
 
 }  // namespace uly::launch

@@ -1,6 +1,7 @@
 #include "launch/python.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -8,7 +9,6 @@
 #include <csignal>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 
 #include "base/check.h"
 #include "launch/child.h"
@@ -19,26 +19,23 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// A file that only this user can read, gone at the end of the scope.
-class RequestFile {
+// A file without a name, in memory: however this process ends nothing is left of it, which may hold a token.
+class Request {
  public:
-  explicit RequestFile(const std::string& content) : path_(fs::temp_directory_path() / "ulysses-request-XXXXXX") {
-    const int fd = ::mkostemp(path_.data(), O_CLOEXEC);
-    ULY_USER_CHECK(fd >= 0, "{}: no temporary file can be made here: {}", fs::temp_directory_path().string(), std::strerror(errno));
-    const bool written = ::write(fd, content.data(), content.size()) == static_cast<ssize_t>(content.size());
+  explicit Request(const std::string& content) : fd_(::memfd_create("ulysses-request", MFD_CLOEXEC)) {
+    if (fd_ < 0) throw DeviceError(fmt::format("no memory for a request to another process: {}", std::strerror(errno)));
+    if (::write(fd_, content.data(), content.size()) == static_cast<ssize_t>(content.size())) return;
     const int error = errno;
-    ::close(fd);
-    if (written) return;
-    ::unlink(path_.c_str());
-    user_error("{}: cannot be written: {}", path_, std::strerror(error));
+    ::close(fd_);
+    throw DeviceError(fmt::format("no memory for a request to another process: {}", std::strerror(error)));
   }
-  ~RequestFile() { ::unlink(path_.c_str()); }
-  RequestFile(const RequestFile&) = delete;
-  RequestFile& operator=(const RequestFile&) = delete;
-  const std::string& path() const { return path_; }
+  ~Request() { ::close(fd_); }
+  Request(const Request&) = delete;
+  Request& operator=(const Request&) = delete;
+  int fd() const { return fd_; }
 
  private:
-  std::string path_;
+  int fd_;
 };
 
 bool is_ours(int code) {
@@ -49,12 +46,13 @@ bool is_ours(int code) {
 
 }  // namespace
 
-Output run_and_capture(const std::vector<std::string>& command) {
+Output run_and_capture(const std::vector<std::string>& command, int in_fd) {
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC) != 0) throw DeviceError(fmt::format("no pipe to a new process: {}", std::strerror(errno)));
   ChildOptions options;
   options.command = command;
   options.environment = environment_with({});
+  options.in_fd = in_fd;
   options.out_fd = ends[1];
   pid_t pid = -1;
   try {
@@ -77,12 +75,14 @@ Output run_and_capture(const std::vector<std::string>& command) {
   return output;
 }
 
-std::string run_python(const std::string& module, const std::vector<std::string>& arguments) {
+namespace {
+
+std::string run(const std::string& module, const std::vector<std::string>& arguments, int in_fd) {
   const std::string python = python_path();
   ULY_USER_CHECK(fs::exists(python), "{}: expected the Python environment here; `make setup` makes it, ULYSSES_PYTHON names another", python);
   std::vector<std::string> command = {python, "-m", module};
   command.insert(command.end(), arguments.begin(), arguments.end());
-  const Output output = run_and_capture(command);
+  const Output output = run_and_capture(command, in_fd);
   if (output.exit_code == 128 + SIGINT || output.exit_code == 128 + SIGTERM) throw Error(static_cast<Exit>(output.exit_code), "");
   if (output.exit_code > 128) {
     const int signal = output.exit_code - 128;
@@ -98,9 +98,13 @@ std::string run_python(const std::string& module, const std::vector<std::string>
   return output.text.substr(first, last + 1 - first);
 }
 
+}  // namespace
+
+std::string run_python(const std::string& module, const std::vector<std::string>& arguments) { return run(module, arguments, -1); }
+
 Json run_python(const std::string& module, const Json& request) {
-  const RequestFile file(request.dump());
-  const Json answer = Json::parse(run_python(module, std::vector<std::string>{"--request", file.path()}), nullptr, false);
+  const Request file(request.dump());
+  const Json answer = Json::parse(run(module, {"--request", "/proc/self/fd/0"}, file.fd()), nullptr, false);
   if (!answer.is_object()) throw InternalError(fmt::format("{} did not answer with a JSON object", module));
   return answer;
 }

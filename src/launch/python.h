@@ -13,14 +13,14 @@ struct Output {
   std::string text;   // its stdout
 };
 
-// Runs a program to its end; its stderr is this process's. Throws UserError if it cannot be started.
-Output run_and_capture(const std::vector<std::string>& command);
+// Runs a program to its end; its stderr is this process's, its stdin too unless `in_fd` is to be it. Throws UserError if it cannot be started.
+Output run_and_capture(const std::vector<std::string>& command, int in_fd = -1);
 
 // Runs `python -m module arguments...` and returns the last line of its stdout. Where it fails it has spoken on stderr:
 // throws an Error with its exit code and, if that is one of ours, no message.
 std::string run_python(const std::string& module, const std::vector<std::string>& arguments);
 
-// The same with `--request FILE`, a file that holds `request`; the line is a JSON object.
+// The same with `--request FILE`, a file that holds `request` and that the module alone can read: its stdin; the line is a JSON object.
 Json run_python(const std::string& module, const Json& request);
 
 }  // namespace uly::launch

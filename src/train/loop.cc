@@ -466,7 +466,9 @@ int run(const Job& job, comm::World& world) {
 int run(const Job& job) {
   if (saves_states(recipe::load(job.recipe_path, job.overrides))) notice_signals();
   admit_signals();
-  comm::World world = comm::World::join(comm::rendezvous_from_environment());
+  comm::Rendezvous place = comm::rendezvous_from_environment();
+  place.interrupted = [] { return noticed_signal() != 0; };  // only where signals are noticed
+  comm::World world = comm::World::join(place);
   return run(job, world);
 }
 

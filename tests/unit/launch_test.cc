@@ -83,6 +83,16 @@ TEST(Hostfile, IsCutByChoices) {
   EXPECT_EQ(said({.exclude = "a@b@c"}), "--exclude: expected to leave a slot, found 'a@b@c'");
 }
 
+TEST(Hostfile, IsCutByNamesWithAnAtOrAColonInThem) {
+  const std::vector<Host> hosts = read("me@a slots=2\na slots=2\n[fe80::1] slots=2\nme slots=1\n");
+  const auto chosen = [&](const std::string& include) { return words(choose_hosts(hosts, {.include = include})); };
+  EXPECT_EQ(chosen("me@a:0"), "me@a:0");
+  EXPECT_EQ(chosen("a:1@me@a"), "me@a:01 a:1");
+  EXPECT_EQ(chosen("[fe80::1]:1@me"), "[fe80::1]:1 me:0");
+  EXPECT_EQ(sentence([&] { chosen("me@b:0"); }), "--include: expected hosts of the hostfile, as in host:0,2@other, found 'b'");
+  EXPECT_EQ(sentence([&] { chosen("a@"); }), "--include: expected hosts of the hostfile, as in host:0,2@other, found ''");
+}
+
 TEST(Hostfile, KnowsThisMachine) {
   EXPECT_TRUE(is_this_machine("localhost"));
   EXPECT_TRUE(is_this_machine("root@127.0.0.1"));
@@ -160,6 +170,11 @@ TEST_F(Environment, IsExportedWithItsFiles) {
   std::ofstream(folder / "env") << "\nsecret word\n";
   EXPECT_EQ(sentence([] { exported_variables(); }), (folder / "env").string() + ":2: expected KEY=VALUE, a blank line or a comment");
   std::filesystem::remove_all(folder);
+}
+
+TEST(Utf8, IsKnown) {
+  for (const char* text : {"", "abc", "gr\xc3\xb6\xc3\x9f" "er", "\xe2\x82\xac", "\xf0\x9f\x98\x80", "\xed\x9f\xbf"}) EXPECT_TRUE(is_utf8(text)) << text;
+  for (const char* text : {"\xff", "\xc3", "a\x80", "\xc0\xaf", "\xe0\x80\xaf", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\xf0\x9f\x98", "\xc3\x28"}) EXPECT_FALSE(is_utf8(text)) << text;
 }
 
 TEST(NcclTest, AFabricWithoutItsPluginIsSaid) {

@@ -441,6 +441,29 @@ TEST(Recipe, SecretsDoNotReachTheNormalizedForm) {
   EXPECT_EQ(r.data.sources[0].as_given["kwargs"]["token"], "hf_x");
 }
 
+TEST(Recipe, SecretsAreKnownByTheWordsInTheirKeys) {
+  const std::string source = "{name_or_path: d, kwargs: {headers: {Authorization: S1, x-api-key: S2, accept: V1}, HF_TOKEN: S3, access_token: S4, aws_secret_access_key: 12345678, clientSecret: [S5], use_auth_token: true, db-passwd: S6, "
+                             "credentials: {id: S7, more: {a: S8}}, private_key_id: S9, hfToken: S0, token: null, pad_token: V2, max_tokens: 77, num_tokens_per_row: 78, tokenizer: V3, eos_token_id: 79, author: V4, content_key: V5, keys: V6}}";
+  const Recipe r = load_text("model: {name_or_path: m, hf_config_kwargs: {eos_token_id: 5}}\ndata: {sources: [" + source + "]}\n");
+  const std::string all = r.normalized.dump();
+  EXPECT_EQ(all.find("12345678"), std::string::npos);
+  for (const char* hidden : {"S0", "S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8", "S9"}) EXPECT_EQ(all.find(hidden), std::string::npos) << hidden;
+  for (const char* visible : {"V1", "V2", "V3", "V4", "V5", "V6", "77", "78", "79"}) EXPECT_NE(all.find(visible), std::string::npos) << visible;
+  const Json& kwargs = r.normalized["data"]["sources"][0]["kwargs"];
+  EXPECT_EQ(kwargs["credentials"], "hidden");
+  EXPECT_EQ(kwargs["token"], nullptr);
+  EXPECT_EQ(kwargs["use_auth_token"], true);
+  EXPECT_EQ(r.data.sources[0].as_given["kwargs"]["headers"]["Authorization"], "S1");
+}
+
+// Of the reference's keys none is taken for a secret: what a manifest says of them is compared when a run goes on.
+TEST(Recipe, NoKeyOfItsOwnIsHidden) {
+  for (const auto& file : std::filesystem::directory_iterator(kRoot / "recipes")) {
+    if (file.path().extension() != ".yml") continue;
+    EXPECT_EQ(load(file.path().string(), {}).normalized.dump().find("\"hidden\""), std::string::npos) << file.path();
+  }
+}
+
 TEST(Recipe, MissingFilesAreNamed) {
   EXPECT_THROW(load("/nowhere/run.yml", {}), UserError);
   try {

@@ -201,7 +201,7 @@ def test_the_hub_cache_is_where_huggingface_hub_has_it(job, environment, folder)
     (["train", "run.yml", "--num_nodes", "2"], "--num_nodes: expected a --hostfile that names the machines"),
     (["train", "run.yml", "--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
     (["train", "run.yml", "--num_gpus", "3"], "sequence_parallel_size (run.yml:3): expected a divisor of 3 ranks, found 2"),
-    (["train", "run.yml", "--num_gpus", "0"], "--num_gpus: expected at least 1, found 0"),
+    (["train", "run.yml", "--num_gpus", "0"], "--num_gpus: expected a whole number of at least 1, found '0'"),
 ])
 def test_refuses_with_one_sentence_and_2(job, arguments, said):
     done = job.run(*arguments)
@@ -342,6 +342,13 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_5_seconds(job):
     assert not is_alive(job.note(0)["pid"])
 
 
+def wait_until(done, seconds=20):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def started(job, actions):
     process = job.start("run.yml", actions=actions)
     pids = [job.note(rank)["pid"] for rank in range(2)]
@@ -356,6 +363,36 @@ def test_sigterm_reaches_the_ranks_which_may_save(job):
     assert_ends(pids)
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_no_request_is_left_behind(job, sent):
+    """It may hold a token: it is in no file, not even while data are prepared."""
+    (job.folder / "tmp").mkdir()
+    write_script(job.folder / "python", f"#!/bin/sh\ncp \"$4\" {job.notes}/request.json\nexec sleep 60\n")
+    process = job.start("run.yml", "data.sources=[{name_or_path: chats.jsonl, kwargs: {token: in-clear}}]", TMPDIR=str(job.folder / "tmp"))
+    request = job.notes / "request.json"
+    wait_until(lambda: request.exists() and "in-clear" in request.read_text())
+    assert list((job.folder / "tmp").iterdir()) == []
+    process.send_signal(sent)
+    process.wait(20)
+    assert list((job.folder / "tmp").iterdir()) == []
+
+
+def test_ports_are_free_at_all_addresses_of_the_machine(tmp_path):
+    """Of ten, nine are taken at an address that is not the loopback's."""
+    script = (
+        "import socket, subprocess, sys\n"
+        "taken = [socket.create_server(('10.77.0.1', port)) for port in range(41000, 41009)]\n"
+        "out = subprocess.Popen([sys.argv[1], 'follow'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "print(out.stdout.readline().decode())\n"
+        "out.kill()\n"
+    )
+    setup = "ip link set lo up && ip address add 10.77.0.1/32 dev lo && echo 41000 41009 > /proc/sys/net/ipv4/ip_local_port_range && exec \"$@\""
+    done = subprocess.run(["unshare", "--net", "sh", "-c", setup, "sh", sys.executable, "-c", script, str(ULYSSES)], cwd=tmp_path, env=fixtures.environment(), capture_output=True, text=True, timeout=30)
+    if done.returncode != 0:
+        pytest.skip(f"no machine of its own can be played here: {done.stderr.strip()}")
+    assert json.loads(done.stdout[1:])["facts"]["port"] == 41009
+
+
 def test_ctrl_c_ends_ranks_that_do_nothing_about_it(job):
     process, pids = started(job, {r: [["exit on", [signal.SIGUSR1, 0]], ["sleep", 60]] for r in range(2)})
     process.send_signal(signal.SIGINT)
@@ -368,6 +405,8 @@ def test_a_second_signal_ends_everything_at_once(job):
     process, pids = started(job, {r: [["ignore", signal.SIGINT], ["ignore", signal.SIGTERM], ["sleep", 60]] for r in range(2)})
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
+    process.send_signal(signal.SIGINT)    # as of one wish
+    time.sleep(0.7)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(3) == 128 + signal.SIGINT

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,12 +36,13 @@ FOREVER = ("epochs=1000000",)
 class Run:
     def __init__(self, folder):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         fixtures.tiny(folder, CHATS)
         (folder / "run.yml").write_text(RECIPE)
 
-    def start(self, *arguments, **environment):
-        command = [str(ULYSSES), "run.yml", "--device", "cpu", *map(str, arguments)]
-        return subprocess.Popen(command, cwd=self.folder, env=fixtures.environment(**environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(self, *arguments, verb="train", umask=-1, **environment):
+        command = [str(ULYSSES), verb, "run.yml", "--device", "cpu", *map(str, arguments)]
+        return subprocess.Popen(command, cwd=self.folder, env=fixtures.environment(**environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, umask=umask)
 
     def run(self, *arguments, code=0, **environment):
         process = self.start(*arguments, **environment)
@@ -166,6 +168,17 @@ def test_asked_to_stop_it_saves_and_ends_with_85(job, undisturbed, sent, whom):
     same(job, undisturbed)
 
 
+def test_a_signal_to_every_process_of_the_job_is_one_wish(job):
+    """As systemd, SLURM's time limit and `timeout` send it: some get it twice, from there and from the launcher."""
+    process = job.start(*FOREVER, "checkpoint.1.save_every_n_steps=0")
+    job.wait_for(process, lambda: len(job.metrics()) >= 1 and len(job.ranks()) == 2, "no step")
+    for pid in (process.pid, *job.ranks().values(), process.pid):
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.05)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 85 and len(job.metrics()) in job.states(), said
+
+
 def test_asked_to_stop_while_data_are_prepared_it_ends_with_85_too(job):
     (job.folder / "python").write_text("#!/bin/sh\nexec sleep 60\n")
     (job.folder / "python").chmod(0o755)
@@ -209,13 +222,76 @@ def test_asked_to_stop_while_it_loads_it_ends_with_85_too(job, undisturbed):
     same(job, undisturbed)
 
 
+def test_a_rank_that_stops_before_its_first_sign_of_life_is_named(tmp_path):
+    """In two runs at a time, as it takes a while: the first rank, the second."""
+    jobs = [Run(tmp_path / str(rank)) for rank in range(2)]
+    processes = [job.start(verb="rehearse", ULYSSES_SILENCE="1") for job in jobs]
+    for rank, (job, process) in enumerate(zip(jobs, processes)):
+        job.wait_for(process, lambda job=job, rank=rank: rank in job.ranks(), "no ranks")
+        os.kill(job.ranks()[rank], signal.SIGSTOP)    # its libraries are being loaded
+    began = time.monotonic()
+    for rank, (job, process) in enumerate(zip(jobs, processes)):
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 75 and 4 < time.monotonic() - began < 30, said
+        assert len([line for line in said.splitlines() if f"rank {rank}: no sign of life in the 6 s since the start" in line]) == 1, said
+        assert job.ranks() == {}
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_asked_to_stop_while_it_waits_for_another_machine_it_ends_with_85(job, node):
+    (job.folder / "hosts").write_text("here slots=1\nnever-started slots=1\n")
+    process = job.start("-H", "hosts", "--no_ssh", "--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", 23581 + node)
+    job.wait_for(process, lambda: node in job.ranks(), "no rank")
+    time.sleep(2)    # it has loaded its libraries and waits
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 85 and time.monotonic() - began < 6 and "stopped before the first step; start again" in said, said
+
+
+def test_one_that_waits_and_one_that_is_stopped_end_too(job):
+    process = job.start(*FOREVER)
+    job.wait_for(process, lambda: len(job.ranks()) == 2, "no ranks")
+    os.kill(job.ranks()[1], signal.SIGSTOP)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=40)
+    assert process.returncode == 85 and said.splitlines()[-1] == "stopped before the first step; start again" and job.ranks() == {}, said
+
+
+def test_files_are_made_with_the_users_umask(job):
+    process = job.start("exit_iteration_this_run=2", "data.cache_dir=fresh", umask=0o027)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    made = [path for path in job.folder.rglob("*") if path.relative_to(job.folder).parts[0] in ("fresh", "states", "metrics.jsonl")]
+    assert len(made) > 8 and all(path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640) for path in made), [(path, oct(path.stat().st_mode)) for path in made]
+
+
+def test_without_standard_streams_it_trains(job):
+    done = subprocess.run(["sh", "-c", '"$@" <&- >&- 2>said', "sh", str(ULYSSES), "run.yml", "--device", "cpu", "exit_iteration=2"], cwd=job.folder, env=fixtures.environment(), timeout=60)
+    said = (job.folder / "said").read_text()
+    assert done.returncode == 0 and "Train iter" in said and "Traceback" not in said, said
+    python = [str(ULYSSES.parents[1] / ".venv" / "bin" / "python"), "-m", "ulysses_plus.prepare", "--request", "nothing"]
+    done = subprocess.run(["sh", "-c", '"$@" <&- >&- 2>said', "sh", *python], cwd=job.folder, env=fixtures.environment(PYTHONPATH=str(ROOT / "python")), timeout=60)
+    assert done.returncode == 2 and "Traceback" not in (job.folder / "said").read_text()
+
+
+def test_a_port_in_use_is_said_with_the_way_to_another(job):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = job.run("--master_port", port, code=2, verb="rehearse")
+        assert said.splitlines()[-1] == f"port {port} at 127.0.0.1 is in use by another program; choose another with --master_port"
+        said = job.run(code=2, verb="rehearse", RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        assert said.splitlines()[-1] == f"port {port} at 127.0.0.1 is in use by another program; choose another by the environment variable MASTER_PORT, the same for all ranks"
+
+
 def test_a_second_signal_ends_it_at_once(job):
     process = job.start(*FOREVER, "checkpoint.1.save_every_n_steps=0")
     job.wait_for(process, lambda: len(job.metrics()) >= 1, "no step")
     for pid in job.ranks().values():
         os.kill(pid, signal.SIGSTOP)    # they cannot come to the end of a step
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(1.2)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM and job.ranks() == {}
