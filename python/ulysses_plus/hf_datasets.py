@@ -25,16 +25,37 @@ def check_arguments(kwargs, where):
         raise UserError(f"{where}: streaming: samples are counted and drawn before they are read: remove it")
 
 
-def load_local(builder, data_files, split, scratch, where, name, kwargs):
+def as_written(path, kwargs):
+    """Returns the arguments with which cells of CSV are text: 007 is no number, NA and nothing are no float.
+
+    path   a file that has the columns
+    """
+    import datasets
+    import pandas
+
+    if "features" in kwargs:
+        return kwargs
+    said = {key: value for key, value in kwargs.items() if key in ("sep", "delimiter", "header", "names", "encoding", "quotechar", "skiprows", "skipinitialspace", "escapechar", "comment")}
+    try:
+        columns = pandas.read_csv(path, nrows=0, **said).columns
+    except Exception:    # who reads it says what is wrong
+        return kwargs
+    return {"keep_default_na": False, **kwargs, "features": datasets.Features({str(column): datasets.Value("string") for column in columns})}
+
+
+def load_local(builder, data_files, split, scratch, where, name, kwargs, csv=None):
     """Returns the rows of local files by a builder's name, or of a folder; [] if there are none.
 
     data_files   {split: paths}, or None for a folder
+    csv          one of the files where all are CSV
     scratch      the library keeps what it reads here: its own cache knows files by name and time, not by content
     """
     import datasets
 
     _quiet(datasets)
     more = {} if data_files is None else {"data_files": data_files}
+    if csv is not None:
+        kwargs = as_written(csv, kwargs)
     try:
         return datasets.load_dataset(builder, split=split, **{**kwargs, **more, "cache_dir": scratch})
     except MemoryError:

@@ -103,7 +103,7 @@ class _Local:
     def _hash(self, path):
         if path not in self.x_known:
             try:
-                before = _state(path)
+                before = _written_state(path)
                 self.x_known[path] = before, _remembered_sha256(path, before)
             except FileNotFoundError as error:
                 raise UserError(f"{self.where}: {self.name}: expected the file {path}, found no such file: correct the path") from error
@@ -166,9 +166,10 @@ class Files(_Local):
             return Concatenated([JsonRows(path, os.path.dirname(scratch)) for path in files])
         os.makedirs(scratch, exist_ok=True)
         files = [file for file in (self._unpacked(path, scratch) for path in files) if not self._holds_nothing(file)]
+        csv = files[0] if files and self.x_builder == "csv" else None
         # As names, not as patterns.
         files = [glob.escape(os.path.abspath(file)) for file in files]
-        return hf_datasets.load_local(self.x_builder, {"train": files}, "train", scratch, self.where, self.name, self.kwargs) if files else []
+        return hf_datasets.load_local(self.x_builder, {"train": files}, "train", scratch, self.where, self.name, self.kwargs, csv=csv) if files else []
 
     def _holds_nothing(self, path):
         if os.path.getsize(path) == 0:
@@ -190,9 +191,15 @@ class Folder(_Local):
     def __init__(self, path, kwargs, where, name):
         super().__init__(where, name, kwargs)
         self.x_path = path
-        with tempfile.TemporaryDirectory() as scratch:
-            self.x_files = hf_datasets.files_of(path, scratch, where, name, self.kwargs)
+        self.x_files = self._listed()
         self.splits = list(self.x_files)
+
+    def _listed(self):
+        with tempfile.TemporaryDirectory() as scratch:
+            return hf_datasets.files_of(self.x_path, scratch, self.where, self.name, self.kwargs)
+
+    def changed(self):
+        return super().changed() or (self.x_path if self._listed() != self.x_files else None)
 
     def identity(self, split):
         # Columns are those of all splits.
@@ -204,7 +211,9 @@ class Folder(_Local):
 
     def rows(self, split, scratch):
         os.makedirs(scratch, exist_ok=True)
-        return hf_datasets.load_local(self.x_path, None, split, scratch, self.where, self.name, self.kwargs)
+        files = [path for paths in self.x_files.values() for path in paths]
+        csv = files[0] if all(path.lower().endswith(".csv") for path in files) else None
+        return hf_datasets.load_local(self.x_path, None, split, scratch, self.where, self.name, self.kwargs, csv=csv)
 
 
 class Saved(_Local):
@@ -269,6 +278,14 @@ def _state(path):
     """What changes whenever a file is written; also where it does not change its content."""
     found = os.stat(path)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _written_state(path):
+    """The state of a file; of a large one once its pages have come to the disk: a program that wrote into them by a map is seen from then on."""
+    if os.path.getsize(path) >= LARGE:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return _state(path)
 
 
 def _remembered_sha256(path, state):

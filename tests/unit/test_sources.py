@@ -211,6 +211,32 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, tokenizer_fo
     assert not made(tmp_path, tokenizer_folder, str(path))["cached"]
 
 
+def test_a_file_that_joins_a_folder_while_it_is_read_is_an_error(tmp_path, tokenizer_folder, monkeypatch):
+    write(tmp_path / "d/a.jsonl", PAIRS[:1])
+    real = sources.opened
+
+    def late(*arguments, **more):
+        write(tmp_path / "d/b.jsonl", PAIRS[1:])
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(sources, "opened", late)
+    with pytest.raises(UserError, match="changed while it was read: prepare again"):
+        made(tmp_path, tokenizer_folder, str(tmp_path / "d"))
+    monkeypatch.undo()
+    (tmp_path / "d/b.jsonl").unlink()
+    assert len(tokens(made(tmp_path, tokenizer_folder, str(tmp_path / "d")))[0]) == 1
+
+
+def test_cells_of_csv_are_text_as_written(tmp_path, tokenizer_folder):
+    """007 is no number, NA and nothing are no float."""
+    said = [("the no", "007"), ("yes", "NA"), ("a", "1.50"), ("b", "")]
+    csv = write(tmp_path / "a.csv", said)
+    lines = write(tmp_path / "a.jsonl", said)
+    assert tokens(made(tmp_path, tokenizer_folder, str(csv), on_error="skip")) == tokens(made(tmp_path, tokenizer_folder, str(lines), on_error="skip"))
+    folder = write(tmp_path / "f/a.csv", said)
+    assert tokens(made(tmp_path, tokenizer_folder, str(folder.parent), on_error="skip")) == tokens(made(tmp_path, tokenizer_folder, str(lines), on_error="skip"))
+
+
 def test_what_does_not_change_tokens_prepares_nothing_again(tmp_path, tokenizer_folder, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", [chat("a" * (i + 1), "yes") for i in range(6)])
     first = made(tmp_path, tokenizer_folder, path)
