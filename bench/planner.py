@@ -152,9 +152,9 @@ def main():
         finally:
             shutil.rmtree(folder)
         priced = ranks * (facts["bytes"]["total"] + facts["host_bytes"] + (min(RING_BYTES, facts["disk_bytes"]) if facts["disk_bytes"] else 0))
-        said = facts.get("time", {}).get("seconds")
+        said = facts.get("time", {}).get("step_seconds")
         found.append(dict(name=name, size=size, length=length, ranks=ranks, tier=tier, keys=[k.replace(str(folder), "FOLDER") for k in keys], kind="bf16" if "model.dtype=bf16" in keys else "fp32", held_out=i % 2 == 1,
-                          priced=priced, peak=peak, files=files, disk=facts["disk_bytes"] * ranks, predicted_seconds=said * micro if said else None, seconds=seconds))
+                          priced=priced, peak=peak, files=files, disk=facts["disk_bytes"] * ranks, predicted_seconds=said, seconds=seconds))
         print(f"{name:<60} priced {priced / MIB:8.1f} MiB, not mapped from files {peak / MIB:8.1f}, besides {(peak - priced) / ranks / MIB:6.1f} a rank; mapped {files / MIB:6.1f}", flush=True)
     besides = {kind: statistics.mean((f["peak"] - f["priced"]) / f["ranks"] for f in found if f["kind"] == kind and not f["held_out"]) for kind in {f["kind"] for f in found if not f["held_out"]}}
     machine = f"{os.cpu_count()} cores, {platform.machine()}"

@@ -75,8 +75,8 @@ std::vector<std::string> cells_of(const Row& row) {
   const plan::Plan& p = row.plan;
   const auto bytes = [&](int64_t n) { return n > 0 ? format_bytes(n) : "-"; };
   const bool timed = p.seconds > 0;
-  const double tokens = static_cast<double>(p.planned_length) / static_cast<double>(p.mesh.P);
-  return {p.fits ? "fits" : "does not fit", timed ? fmt::format("{:.2f}", p.price.seconds) : "-", timed ? fmt::format("{:.0f}", tokens / p.price.seconds) : "-", bytes(plan::total_bytes(p)), bytes(p.price.total_bytes(ops::Tier::kHost)), bytes(p.price.total_bytes(ops::Tier::kDisk)),
+  const double tokens = static_cast<double>(p.planned_length * p.micro_batches) / static_cast<double>(p.mesh.P);
+  return {p.fits ? "fits" : "does not fit", timed ? fmt::format("{:.2f}", p.seconds) : "-", timed ? fmt::format("{:.0f}", tokens / p.seconds) : "-", bytes(plan::total_bytes(p)), bytes(p.price.total_bytes(ops::Tier::kHost)), bytes(p.price.total_bytes(ops::Tier::kDisk)),
           p.longest && p.longest->max_length > 0 ? format_count(p.longest->max_length) : "-", p.fits ? plan::kept_words(p) : p.why_not};
 }
 

@@ -133,10 +133,20 @@ class Search {
       const Priced priced = read_step(model_, one, q_.rates);
       const Price& p = priced.so_far();
       for (size_t t = 0; t < c.bytes.size(); ++t) c.bytes[t] = std::max(c.bytes[t], p.tiers[t].alive());
-      c.seconds = std::max(c.seconds, p.seconds);
-      c.compute_seconds = std::max(c.compute_seconds, p.busy[0]);
-      c.busiest_seconds = std::max(c.busiest_seconds, *std::max_element(p.busy.begin() + 1, p.busy.end()));
+      double seconds = p.seconds;
+      std::array<double, kNumStreams> busy = p.busy;
       ++pricings_;
+      if (q_.micro_batches > 1 && knows_time()) {
+        const Priced priced_again = read_another(model_, one, q_.rates);
+        const Price& again = priced_again.so_far();
+        const double times = static_cast<double>(q_.micro_batches - 1);
+        seconds += times * again.seconds;
+        for (size_t i = 0; i < busy.size(); ++i) busy[i] += times * again.busy[i];
+        ++pricings_;
+      }
+      c.seconds = std::max(c.seconds, seconds);
+      c.compute_seconds = std::max(c.compute_seconds, busy[0]);
+      c.busiest_seconds = std::max(c.busiest_seconds, *std::max_element(busy.begin() + 1, busy.end()));
     }
     c.options = std::move(o);
     c.fits = true;
@@ -657,6 +667,13 @@ Priced read_step(const step::Model& model, const step::Options& options, const R
   step::micro_step(priced, model, options, states, {.update = deferred});
   step::finish_gradients(priced, options, states);
   if (options.optimizer && !deferred) step::update(priced, model, options, states);
+  return priced;
+}
+
+Priced read_another(const step::Model& model, const step::Options& options, const Rates& rates) {
+  Priced priced({options.mesh.P, options.mesh.W}, options.s, ops::document_table_bytes(options.attention, options.S()), rates);
+  const step::States states = step::make_states(priced, model.units, options);
+  step::micro_step(priced, model, options, states, {.first = false, .last = false, .update = false});
   return priced;
 }
 

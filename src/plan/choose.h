@@ -87,6 +87,8 @@ std::vector<step::Options> unlike_ranks(const models::Spec& spec, const step::Op
 
 // Reads the programs of a step of one micro-batch, and its update, where that waits for the next step. `record`: see Priced.
 Priced read_step(const step::Model& model, const step::Options& options, const Rates& rates = {}, bool record = false);
+// A micro-batch of a step after its first: nothing is updated under it.
+Priced read_another(const step::Model& model, const step::Options& options, const Rates& rates);
 
 // The largest n <= most for which fits(n) holds, as it does for all below; 0 if for none.
 template <typename Fits>

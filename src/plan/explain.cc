@@ -267,11 +267,15 @@ void Writer::time(const Machine& machine) {
   for (size_t i = 0; i < kStreamNames.size(); ++i)
     if (p.busy[i] > 0) streams += fmt::format("{}{} {:.2f} s", streams.empty() ? "" : ", ", kStreamNames[i], p.busy[i]) + (p.waited[i] > 5e-3 ? fmt::format(" ({:.2f} waited for)", p.waited[i]) : "");
   const double tokens = static_cast<double>(plan_.planned_length) / static_cast<double>(plan_.mesh.P);
-  line("time", "{:.2f} s a micro-batch of {} tokens, {:.0f} tokens/s for each rank: {}", p.seconds, format_count(plan_.planned_length), tokens / p.seconds, streams);
+  const double n = static_cast<double>(plan_.micro_batches), step = n > 1 ? plan_.seconds : p.seconds;
+  if (n > 1)
+    line("time", "{:.2f} s a step of {} micro-batches of {} tokens, {:.0f} tokens/s for each rank; the first, under which updates run, {:.2f} s: {}", step, plan_.micro_batches, format_count(plan_.planned_length), n * tokens / step, p.seconds, streams);
+  else
+    line("time", "{:.2f} s a micro-batch of {} tokens, {:.0f} tokens/s for each rank: {}", p.seconds, format_count(plan_.planned_length), tokens / p.seconds, streams);
   if (!machine.rates_words.empty()) line("", "{}", machine.rates_words);
   if (!plan_.rates.known) line("", "the rates of an H100 are assumed: {}", machine.gpu_name.empty() ? "which GPU this is is not known" : "nothing is known of " + machine.gpu_name);
   facts()["time"] = timeline_facts(p);
-  facts()["time"].update({{"seconds", p.seconds}, {"tokens_per_second", tokens / p.seconds}, {"rates_known", plan_.rates.known}, {"rates", to_json(plan_.rates)}, {"measured", machine.measured.has_value()}});
+  facts()["time"].update({{"seconds", p.seconds}, {"step_seconds", step}, {"tokens_per_second", n * tokens / step}, {"rates_known", plan_.rates.known}, {"rates", to_json(plan_.rates)}, {"measured", machine.measured.has_value()}});
   if (std::none_of(p.busy.begin() + 1, p.busy.end(), [](double busy) { return busy > 0; })) return;
   const auto bars = timeline(p);
   for (size_t i = 0; i < bars.size(); ++i) line(i == 0 ? "timeline" : "", "{}", bars[i]);

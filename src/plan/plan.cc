@@ -164,6 +164,7 @@ Room room(const recipe::Recipe& r, const Machine& machine, int64_t world, int64_
 
 // All but what is kept.
 void choose_options(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
+  plan.micro_batches = r.gradient_accumulation_steps;
   step::Options& o = plan.options;
   o.mesh = plan.mesh;
   o.dtype = r.model.dtype;

@@ -105,7 +105,8 @@ struct Plan {
   Price price;                // of the costliest rank
   int64_t besides_bytes = 0;  // on a GPU: libraries and their workspace, beside what the program has
   Room room;                  // for one rank; of the device 0 where the machine is not known
-  double seconds = 0;         // of a step of one micro-batch; 0 where no rates are known
+  int64_t micro_batches = 1;  // of a step
+  double seconds = 0;         // of a step; 0 where no rates are known
   Rates rates;                // that seconds were found with
   std::string states_words;   // where states lie
   std::optional<Longest> longest;

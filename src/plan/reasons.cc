@@ -37,7 +37,7 @@ class Reasons {
     said_ = true;
   }
 
-  double tokens_per_second(double seconds) const { return static_cast<double>(plan_.planned_length) / static_cast<double>(plan_.mesh.P) / seconds; }
+  double tokens_per_second(double seconds) const { return static_cast<double>(plan_.planned_length) * static_cast<double>(plan_.micro_batches) / static_cast<double>(plan_.mesh.P) / seconds; }
 
   bool is_chosen(const Candidate& c) const { return plan_.fits && c.options.tiers == plan_.options.tiers && c.words == plan_.states_words; }
 
