@@ -240,7 +240,7 @@ void Writer::memory(const Machine& machine) {
            format_bytes(plan_.room.of(tier)));
   if (!machine.imagined && machine.disk_bytes == 0 && !r_.memory_disk_folders.empty() && r_.memory_disk_bytes > 0)
     if (const int64_t free = free_scratch_bytes(r_); r_.memory_disk_bytes > free) line("", "memory.disk_size ({}): {}, of which {} are free there", r_.where("memory.disk_size"), format_bytes(r_.memory_disk_bytes), format_bytes(free));
-  if (machine.cuda && !machine.imagined && machine.memory_bytes > 0 && r_.memory_host_bytes > machine.memory_bytes)
+  if (machine.cuda && machine.memory_bytes > 0 && r_.memory_host_bytes > machine.memory_bytes)
     line("", "memory.host ({}): {}, of which {} are free here", r_.where("memory.host"), format_bytes(r_.memory_host_bytes), format_bytes(machine.memory_bytes));
   facts()["host_bytes"] = price.total_bytes(ops::Tier::kHost), facts()["disk_bytes"] = price.total_bytes(ops::Tier::kDisk);
   for (int k = 0; k < ops::kNumKinds; ++k) {
@@ -327,19 +327,23 @@ void Writer::offload(const Machine& machine) {
     line("", "{} ({}): {}", key, r_.where(key), text);
     facts()["notes"].push_back({{"key", key}, {"where", r_.where(key)}, {"text", text}});
   };
-  const std::string room = "there is room on the device, where it is faster";
+  const bool whole = std::all_of(o.keep.begin(), o.keep.end(), [](const step::LayerKeep& k) { return k.input && k.output; });
   const bool inputs = std::any_of(o.keep.begin(), o.keep.end(), [](const step::LayerKeep& k) { return k.input_tier != ops::Tier::kDevice || k.output_tier != ops::Tier::kDevice; });
   const bool optimizer = std::any_of(o.tiers.begin(), o.tiers.end(), [](const step::UnitTiers& t) { return t.optimizer != ops::Tier::kDevice; });
   const bool weights = std::any_of(o.tiers.begin(), o.tiers.end(), [](const step::UnitTiers& t) { return t.weight != ops::Tier::kDevice; });
   const auto became = [&](bool gone) -> std::string {
     if (!machine.cuda && !gone) return "on the CPU everything is in host memory already";
-    return gone ? "done as far as it makes room or time (see kept and states)" : "not needed: " + room;
+    if (gone) return "done as far as it makes room or time (see kept and states)";
+    if (!plan_.fits) return "not done: nothing fits (see below)";
+    if (plan_.room.host_bytes == 0 && plan_.room.disk_bytes == 0) return "not done: no host memory is free for it, nor a disk";
+    return whole ? "not needed: there is room on the device, where it is faster" : "not done: a step takes no less with it (see kept and states)";
   };
   wish(r_.activation_checkpoint_cpu_offload, "activation_checkpoint_cpu_offload", became(inputs));
   wish(r_.deepspeed.offload_optimizer, "deepspeed.zero_optimization.offload_optimizer", became(optimizer));
   wish(r_.deepspeed.offload_param, "deepspeed.zero_optimization.offload_param", became(weights));
   wish(r_.tiled_mlp_compute, "tiled_mlp_compute", fmt::format("the MLP is always tiled where that saves memory: {} x {} tokens", ceil_div(o.s, o.mlp_tile), format_count(o.mlp_tile)));
-  wish(r_.model.disable_activation_checkpoint, "model.disable_activation_checkpoint", "the plan keeps what fits; what does not fit is rebuilt (see kept)");
+  const size_t all = static_cast<size_t>(std::count_if(o.keep.begin(), o.keep.end(), [](const step::LayerKeep& k) { return k.input && k.output && k.level == step::Keep::kEverything; }));
+  wish(r_.model.disable_activation_checkpoint, "model.disable_activation_checkpoint", all == o.keep.size() ? "done: nothing is rebuilt" : fmt::format("done as far as there is room: {} of {} layers keep everything, what others lack is rebuilt (see kept)", all, o.keep.size()));
 }
 
 void Writer::notes() {

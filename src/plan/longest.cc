@@ -70,16 +70,21 @@ std::string advice(const Plan& plan, const recipe::Recipe& r, const models::Spec
     Question q = question(plan, r, machine);
     q.room.disk_bytes = 1;  // any
     FitTrial trial;
-    if (const auto c = with_least(model, plan.options, q, Tier::kDisk, trial)) ways.push_back(fmt::format("keep them on a disk with memory.disk, {} of it", format_bytes(c->bytes[2] * ranks_here)));
+    if (const auto c = with_least(model, plan.options, q, Tier::kDisk, trial)) ways.push_back(fmt::format("keep them on a disk with memory.disk, {} of it", in_gib(c->bytes[2] * ranks_here)));
   }
   if (tier == Tier::kHost && r.memory_host_bytes > 0) ways.push_back(fmt::format("memory.host={}", in_gib(needed * ranks_here)));
   if (tier == Tier::kDisk) ways.push_back(r.memory_disk_bytes > 0 ? fmt::format("memory.disk_size={}", in_gib(needed * ranks_here)) : "a folder on a larger disk in memory.disk");
-  if (tier == Tier::kDevice && machine.cuda && plan.room.disk_bytes == 0 && plan.room.host_bytes == 0) ways.push_back("give host memory with memory.host, or a disk with memory.disk");
+  if (tier == Tier::kDevice && machine.cuda && plan.room.disk_bytes == 0 && plan.room.host_bytes == 0) {
+    Question q = question(plan, r, machine);
+    q.room.host_bytes = 1;  // any
+    FitTrial trial;
+    if (const auto c = with_least(model, plan.options, q, Tier::kHost, trial)) ways.push_back(fmt::format("memory.host={}", in_gib(c->bytes[1] * ranks_here)));
+  }
   if (tier == Tier::kDevice && !machine.cuda && plan.room.disk_bytes == 0) {
     Question q = question(plan, r, machine);
     q.room.disk_bytes = int64_t{1} << 60;
     FitTrial trial;
-    if (const auto c = anything_that_fits(model, plan.options, q, trial)) ways.push_back(fmt::format("a disk with memory.disk, {} of it", format_bytes(c->bytes[2] * ranks_here)));
+    if (const auto c = anything_that_fits(model, plan.options, q, trial)) ways.push_back(fmt::format("a disk with memory.disk, {} of it", in_gib(c->bytes[2] * ranks_here)));
   }
   if (r.master_weights != "split" && plan.options.dtype == Dtype::kBf16) {
     Plan split = plan;

@@ -22,7 +22,7 @@ Section offload_section(const char* title, bool Deepspeed::*member) {
       .doc = "Asks to keep it in host memory. The plan says what is kept where.",
       .fields = {{.name = "device",
                   .initial = "none",
-                  .choices = {{"none"}, {"cpu"}, {"nvme", kNoEffect, "taken as cpu; the plan says what is kept in host memory and what on disk", "cpu"}},
+                  .choices = {{"none"}, {"cpu"}, {"nvme", kNoEffect, "taken as cpu; a disk is used where memory.disk names a folder (see the plan)", "cpu"}},
                   .doc = "`cpu`: asked for.",
                   .set = [=](Recipe& r, const Json& v) { r.deepspeed.*member = v == "cpu"; }}},
       .open = true,
