@@ -132,7 +132,14 @@ class ChatTokenizer:
 
     def _unseen(self, messages, text, calling, at, tools):
         """The first message whose calls do not matter to what the template renders; None without."""
+        named = [{**m, **_calls_named(m, placeholder(i))} if i in calling else m for i, m in enumerate(messages)]
+        try:
+            shown = self._render(named, at, tools)[0]
+        except UserError:    # it knows names
+            shown = ""
         for i in calling:
+            if placeholder(i) in shown:
+                continue
             try:
                 if self._render(_with(messages, i, _without_calls(messages[i])), at, tools)[0] == text:
                     return i
@@ -187,7 +194,7 @@ class ChatTokenizer:
             raise _lost(contents[stray], at)
         if spans is None:
             raise UserError(f"{at}: a message spells out a special token, and the chat template changed that message: remove it")
-        called = [self._turn_with_calls(text, messages, i, at, tools) for i in calling if i in answering]
+        called = self._turns_with_calls(text, messages, [i for i in calling if i in answering], at, tools)
         return sorted([*spans, *called], key=lambda span: span[1:])
 
     def _skeleton(self, messages, contents, tools, described):
@@ -205,6 +212,51 @@ class ChatTokenizer:
             return skeleton_of(self._render(messages, at, tools)[0], shapes)
         except UserError:
             return None
+
+    def _turns_with_calls(self, text, messages, calling, at, tools):
+        """Returns [(message, start, end), ...] of all that the template shows of the messages `calling`, ascending.
+
+        Nothing that another message says may stand between: with placeholders for all other messages each turn reads as in `text`.
+        """
+        if not calling:
+            return []
+        found = self._all_turns_with_calls(text, messages, calling, at, tools)
+        found = found or [self._turn_with_calls(text, messages, i, at, tools) for i in calling]
+        alone = [m if i in calling else _replaced(m, i, at)[0] for i, m in enumerate(messages)]
+        shown, cursor = self._render(alone, at, tools)[0], 0
+        for i, first, last in found:
+            if first < cursor or text[first:last] not in shown:
+                raise UserError(
+                    f"{at}: expected the calls of message {i} alone in an assistant's turn, found that the chat template writes another message, "
+                    "as a tool's result, into the same turn: use another chat template, or write calls and results as text into the messages' content"
+                )
+            cursor = last
+        return found
+
+    def _all_turns_with_calls(self, text, messages, calling, at, tools):
+        """Returns what _turns_with_calls does, found in one rendering with stand-ins for all of them; None where that is not certain."""
+        stand_ins, shapes = list(messages), {}
+        for i in calling:
+            stand_ins[i], shapes[i], _ = _replaced(_without_calls(messages[i]), i, at)
+        skeleton = self._learnt(stand_ins, shapes, at, tools)
+        if skeleton is None or skeleton.order != calling or not text.startswith(skeleton.pieces[0]) or not text.endswith(skeleton.pieces[-1]):
+            return None
+        found, cursor, end = [], len(skeleton.pieces[0]), len(text) - len(skeleton.pieces[-1])
+        ends = [end]             # of the turns, from the last to the first, each as late as can be
+        starts = []
+        for piece in skeleton.pieces[-2:0:-1]:
+            end = text.rfind(piece, cursor, end) if end >= 0 else -1
+            starts.append(end + len(piece))
+            ends.append(end)
+        starts.append(cursor)
+        for i, first, last, after in zip(calling, reversed(starts), reversed(ends), skeleton.pieces[1:]):
+            as_early = len(text) - len(after) if i == calling[-1] else text.find(after, cursor)
+            said = (messages[i]["content"] or "").rpartition("</think>")[2].strip()
+            if first != cursor or last != as_early or first >= last or said not in text[first:last]:
+                return None
+            found.append((i, first, last))
+            cursor = last + len(after)
+        return found
 
     def _turn_with_calls(self, text, messages, i, at, tools):
         """Returns (i, start, end) of all that the template shows of a message with calls: what stands where a text alone would."""
@@ -253,6 +305,16 @@ def _with(messages, i, message):
 
 def _without_calls(message):
     return {key: value for key, value in message.items() if key not in CALLS}
+
+
+def _calls_named(message, name):
+    """The message's calls, with `name` for the names of all functions."""
+    def named(value):
+        if isinstance(value, dict):
+            return {key: name if key == "name" else named(item) if key == "function" else item for key, item in value.items()}
+        return [named(item) for item in value] if isinstance(value, list) else value
+
+    return {key: named(message[key]) for key in CALLS if key in message}
 
 
 def _replaced(message, i, at):

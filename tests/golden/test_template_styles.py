@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from test_label_masks import A, CHATML, CHATML_MARKED, QWEN3, S, U, found, golden, tokenizer  # noqa: E402, F401
+from ulysses_plus.chat import ChatTokenizer  # noqa: E402
 from ulysses_plus.conversation import make_reader  # noqa: E402
 from ulysses_plus.errors import UserError  # noqa: E402
 
@@ -153,6 +154,41 @@ def test_calls_that_a_template_writes_elsewhere_are_said(tokenizer):  # noqa: F8
     template = "{% for m in messages %}<|im_start|>{{ 'call ' + m.tool_calls[0].function.name if m.tool_calls else m.role + ': ' + m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(UserError, match="sample 7: expected the calls of message 1 between the beginning and the end of an assistant's turn"):
         found(tokenizer, template, [(U, "a?"), (A, "", {"tool_calls": [CALL]})])
+
+
+# As Gemma 4's: results stand in the turn that calls.
+ONE_TURN = """\
+{%- for m in messages %}{%- if m.role != 'tool' %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- for call in m.tool_calls or [] %}{{- '<|start_header_id|>' + call.function.name + '()' }}{%- endfor %}
+    {%- if m.tool_calls and not loop.last and messages[loop.index].role == 'tool' %}{{- '<|end_header_id|>' + messages[loop.index].content + '<|eot_id|>' }}{%- endif %}
+    {{- m.content + '<|im_end|>\\n' }}
+{%- endif %}{%- endfor %}"""
+
+
+def test_results_of_tools_in_the_turn_that_calls_are_never_trained(tokenizer):  # noqa: F811
+    turns = [(U, "a?"), (A, "", {"tool_calls": [CALL]}), (T, "secret"), (A, "a")]
+    with pytest.raises(UserError, match="sample 7: expected the calls of message 1 alone in an assistant's turn, found that the chat template writes another"):
+        found(tokenizer, ONE_TURN, turns)
+    want = "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n⟦<|start_header_id|>f()<|im_end|>⟧\n"
+    assert found(tokenizer, ONE_TURN, turns[:2]) == golden(want)
+    twice = [*turns[:2], (U, "f()"), (A, "so", {"tool_calls": [CALL]}), (U, "so"), (A, "so")]
+    assert found(tokenizer, ONE_TURN, twice) == golden(want + turn(U, "f()") + turn(A, "<|start_header_id|>f()so") + turn(U, "so") + turn(A, "so"))
+
+
+def test_many_calls_take_no_more_renderings_than_few(tokenizer, monkeypatch):  # noqa: F811
+    renderings, render = [], ChatTokenizer._render
+    monkeypatch.setattr(ChatTokenizer, "_render", lambda self, *args, **more: renderings.append(1) or render(self, *args, **more))
+    counts = []
+    for n in (1, 9):
+        said = [(A, "x" * i, {"tool_calls": [{"function": {"name": "f", "arguments": {"x": i}}}]}) for i in range(n)]
+        turns = [(U, "a?"), *(message for call in said for message in (call, (T, "<tool_call>")))]
+        called = ['<tool_call>\n{"name": "f", "arguments": {"x": %d}}\n</tool_call>' % i for i in range(n)]
+        want = "".join(turn(A, "x" * i + "\n" * (i > 0) + text) + turn(U, "<tool_response>\n<tool_call>\n</tool_response>") for i, text in enumerate(called))
+        assert found(tokenizer, CALLING, turns) == golden(turn(U, "a?") + want)
+        counts.append(len(renderings))
+        renderings.clear()
+    assert counts[0] == counts[1] <= 6
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
