@@ -51,6 +51,8 @@ class ChatTokenizer:
         self.x_control = {
             token.content: token for token in added.values() if token.special or token.content.startswith(("<|", "<\uff5c"))
         }
+        others = {tokenizer.unk_token, tokenizer.bos_token} - {tokenizer.eos_token}
+        self.x_ends = {id_ for id_, token in added.items() if token.content in self.x_control and token.content not in others}
         self.x_plain = None          # made when the first message spells out a control token
         self.x_skeletons = {}        # roles and shapes of a conversation's messages, tools -> Skeleton or None
 
@@ -60,7 +62,7 @@ class ChatTokenizer:
         turns   [(role, text) or (role, text, the message's other keys), ...]
         tools   what the template is told of functions that can be called: a list of JSON-like dicts
         flags   1 where the token is a target: with mask_inputs what the template marks as generated or, without marks,
-                the assistant's text and the one token after it; else all; never the first token
+                the assistant's text and the end of its turn (flags_of); else all; never the first token
         at      names the sample in errors
         Raises UserError when the template refuses the conversation, leaves out or changes an answer or leaves out calls.
         """
@@ -93,7 +95,7 @@ class ChatTokenizer:
             flags = bytearray(b"\1") * len(ids)
         else:
             answers = [self._without_empty_think(text, span) for span in answers]
-            flags = (marked_flags if by_marks else flags_of)(text, offsets, answers)
+            flags = marked_flags(text, offsets, answers) if by_marks else flags_of(text, offsets, answers, ids, self.x_ends)
         if flags:
             flags[0] = 0
         return ids, flags, bool(answering)
@@ -362,7 +364,10 @@ class _PlainTokenizer:
                 AddedToken(stand_in, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip, normalized=token.normalized)
             ])
             self.x_ids[self.x_backend.token_to_id(stand_in)] = tokenizer.convert_tokens_to_ids(name)
-        self.x_control_ids = set(self.x_ids.values())
+        # What the model makes of unknown characters steers nothing.
+        model = definition["model"]
+        unknown = {model.get("unk_id"), self.x_backend.token_to_id(model["unk_token"]) if model.get("unk_token") else None} - {tokenizer.eos_token_id}
+        self.x_control_ids = set(self.x_ids.values()) - unknown
         # Longer names first: a name may begin with another.
         self.x_names = sorted(control, key=len, reverse=True)
 
@@ -414,17 +419,24 @@ class _PlainTokenizer:
                 start = best[1]
 
 
-def flags_of(text, offsets, spans):
+def flags_of(text, offsets, spans, ids=(), ends=()):
     """Returns 1 for each token whose characters, white space at its edges aside, lie inside one of `spans`, and for the
-    one token right after each span: of an empty one, the token that begins where it stands.
+    one token right after each span, which ends the turn: of an empty one, the token that begins where it stands. Where that is white
+    space with one of `ends` behind it, up to the next span, this is the end of the turn and trained too.
 
     offsets   (start, end) of each token in `text`, ascending; spans ascending and disjoint; a token of spaces alone may have
               nothing between them and stand where it ends (trim_offsets)
+    ids       the tokens; `ends` holds those of control tokens that can end a turn
     """
     flags = bytearray(len(offsets))
-    for first, last in spans:
+    for k_span, (first, last) in enumerate(spans):
         begin, end = (_first_from(offsets, place) for place in (first, last))
         flags[begin:end] = b"\1" * (end - begin)
+        # A token that takes in white space before it (lstrip) ends the turn, though it begins inside.
+        if end > 0 and (place := offsets[end - 1])[1] > last and not text[place[0] : last].strip() and text[last : place[1]].strip():
+            end -= 1
+            begin = min(begin, end)
+            flags[end] = 0
         # Tokens at the edges may stick out, with white space only.
         k = end - 1
         while k >= begin and offsets[k][1] > last:
@@ -436,6 +448,11 @@ def flags_of(text, offsets, spans):
             k -= 1
         if end < len(offsets):
             flags[end] = 1
+            behind, limit = end, spans[k_span + 1][0] if k_span + 1 < len(spans) else len(text)
+            while behind < len(ids) and ids[behind] not in ends and offsets[behind][0] < limit and not text[slice(*offsets[behind])].strip():
+                behind += 1
+            if behind < len(ids) and ids[behind] in ends and offsets[behind][1] <= limit:
+                flags[end : behind + 1] = b"\1" * (behind + 1 - end)
     return flags
 
 

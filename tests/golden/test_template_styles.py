@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from test_label_masks import A, CHATML, CHATML_MARKED, QWEN3, S, U, found, golden, tokenizer  # noqa: E402, F401
+from test_label_masks import A, CHATML, CHATML_MARKED, CONTROL, QWEN3, S, U, found, golden, tokenizer  # noqa: E402, F401
 from ulysses_plus.chat import ChatTokenizer  # noqa: E402
 from ulysses_plus.conversation import make_reader  # noqa: E402
 from ulysses_plus.errors import UserError  # noqa: E402
@@ -238,6 +238,46 @@ def test_the_end_of_a_turn_is_trained_where_offsets_are_trimmed(tokenizer):  # n
         )
     finally:
         backend.post_processor = before or processors.ByteLevel(trim_offsets=False)
+
+
+LLAMA2 = "{% for m in messages %}{{ '<|begin|>[INST] ' + m.content.strip() + ' [/INST]' if m.role == 'user' else ' ' + m.content.strip() + ' <|eot_id|>' }}{% endfor %}"
+
+
+def test_an_end_of_turn_behind_white_space_is_trained(tokenizer):  # noqa: F811
+    turns = [(U, "q"), (A, "yes\n"), (U, "r"), (A, ""), (U, "s"), (A, "no")]
+    assert found(tokenizer, LLAMA2, turns) == golden(
+        "<|begin|>[INST] q [/INST] ⟦yes <|eot_id|>⟧<|begin|>[INST] r [/INST] ⟦ <|eot_id|>⟧<|begin|>[INST] s [/INST] ⟦no <|eot_id|>⟧"
+    )
+    unended = "{% for m in messages %}{{ '<|begin|>' + m.content + ' ' }}{% endfor %}"
+    assert found(tokenizer, unended, turns[:1] + turns[-1:] + turns[:1]) == golden("<|begin|>q <|begin|>⟦no ⟧<|begin|>q ")
+
+
+def test_an_end_of_turn_that_takes_in_white_space_is_trained(tokenizer):  # noqa: F811
+    """As Phi-4's: special tokens with lstrip and rstrip begin in the answer, where that ends in white space or is empty."""
+    from tokenizers import AddedToken, Tokenizer, decoders
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.decoder = decoders.ByteLevel()
+    stripping = PreTrainedTokenizerFast(tokenizer_object=backend)
+    stripping.add_special_tokens({"additional_special_tokens": [AddedToken(name, lstrip=True, rstrip=True, normalized=False) for name in CONTROL]})
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}<|begin|>{{ m.content }}<|im_end|>{% endfor %}"
+    want = "<|im_start|>user<|begin|>q<|im_end|><|im_start|>assistant<|begin|>⟦{}<|im_end|>⟧".format
+    turns = [(U, "q"), (A, "four\n"), (U, "q "), (A, ""), (U, "q"), (A, " "), (U, "q"), (A, " two")]
+    assert found(stripping, template, turns) == golden(want("four") + want("") + want("") + want("two"))
+
+
+def test_unknown_characters_beside_a_spelled_out_special_token_are_read():
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", *"<|z>aqu"]
+    backend = Tokenizer(models.Unigram([(letter, -1.0) for letter in letters], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens([AddedToken("<unk>", normalized=False), AddedToken("<|z|>", normalized=False)])
+    unigram = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="{% for m in messages %}{{ m.content }}<|z|>{% endfor %}")
+    ids, flags, _ = ChatTokenizer(unigram, "tiny").encode([(U, "q\u00e9<|z|>"), (A, "a")], "sample 7")
+    assert unigram.convert_ids_to_tokens(list(ids)) == ["q", "<unk>", *"<|z|>", "<|z|>", "a", "<|z|>"] and list(flags) == [0] * 8 + [1, 1]
 
 
 def test_with_tools_the_template_for_tools_is_used(tokenizer):  # noqa: F811
