@@ -176,6 +176,17 @@ def test_results_of_tools_in_the_turn_that_calls_are_never_trained(tokenizer):  
     assert found(tokenizer, ONE_TURN, twice) == golden(want + turn(U, "f()") + turn(A, "<|start_header_id|>f()so") + turn(U, "so") + turn(A, "so"))
 
 
+def test_results_of_tools_are_cut_out_of_the_turn_where_it_says_where_the_model_stops(tokenizer):  # noqa: F811
+    """As Gemma 4's, whose model stops at the token that begins a result."""
+    stops = ONE_TURN.replace("m.content + '<|im_end|>\\n'", "m.content + ('<|end_header_id|>' if m.tool_calls and loop.last else '<|im_end|>\\n')")
+    stops += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    turns = [(U, "a?"), (A, "", {"tool_calls": [CALL]}), (T, "secret"), (A, "a")]
+    want = turn(U, "a?") + "<|im_start|>assistant\n⟦<|start_header_id|>f()<|end_header_id|>⟧"
+    assert found(tokenizer, stops, turns) == golden(want + "secret<|eot_id|><|im_end|>\n" + turn(A, "a"))
+    with pytest.raises(UserError, match="sample 7: expected the calls of message 1 alone"):     # what is said stands behind the result
+        found(tokenizer, stops, [turns[0], (A, "so", {"tool_calls": [CALL]}), *turns[2:]])
+
+
 def test_many_calls_take_no_more_renderings_than_few(tokenizer, monkeypatch):  # noqa: F811
     renderings, render = [], ChatTokenizer._render
     monkeypatch.setattr(ChatTokenizer, "_render", lambda self, *args, **more: renderings.append(1) or render(self, *args, **more))
@@ -189,6 +200,54 @@ def test_many_calls_take_no_more_renderings_than_few(tokenizer, monkeypatch):  #
         counts.append(len(renderings))
         renderings.clear()
     assert counts[0] == counts[1] <= 6
+
+
+# As Mistral's (no header, and no result without a call before it) and gpt-oss' (the calling turn begins and ends in another way).
+NEEDS_CALLS = """\
+{%- for m in messages %}
+    {%- set before = messages[loop.index0 - 1] if not loop.first else {} %}
+    {%- if m.role == 'tool' %}
+        {%- if not before.tool_calls %}{{- raise_exception('a result without a call') }}{%- endif %}
+        {{- '<|start_header_id|>' + m.content + '<|end_header_id|>' }}
+    {%- elif m.role == 'user' %}{{- '[INST]' + m.content + '[/INST]' }}
+    {%- elif m.tool_calls %}{{- HEADER + m.content + 'to=' + m.tool_calls[0].function.name + '<|eot_id|>' }}
+    {%- else %}{{- HEADER + TEXT + m.content + '<|im_end|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- HEADER }}{%- endif %}"""
+
+
+@pytest.mark.parametrize("header,text", [("", ""), ("<|im_start|>assistant", ""), ("<|im_start|>assistant", "<|begin|>")])
+def test_calls_that_a_result_needs_are_trained_from_header_to_end(tokenizer, header, text):  # noqa: F811
+    template = NEEDS_CALLS.replace("HEADER", repr(header)).replace("TEXT", repr(text))
+    turns = [(U, "f?"), (A, "", {"tool_calls": [CALL]}), (T, "to=f"), (A, "f"), (U, "g?"), (A, "so ", {"tool_calls": [CALL]}), (T, "f")]
+    want = (
+        f"[INST]f?[/INST]{header}⟦to=f<|eot_id|>⟧<|start_header_id|>to=f<|end_header_id|>{header}{text}⟦f<|im_end|>⟧"
+        f"[INST]g?[/INST]{header}⟦so to=f<|eot_id|>⟧<|start_header_id|>f<|end_header_id|>"
+    )
+    assert found(tokenizer, template, turns) == golden(want)
+    assert found(tokenizer, template, turns[:-1]) == golden(want[: want.rindex("<|start_header_id|>")])
+    asking = template[: template.index("{%- if add_generation_prompt")]     # it never asks: where a turn begins is known without a header alone
+    if not header:
+        assert found(tokenizer, asking, turns) == golden(want)
+    else:
+        with pytest.raises(UserError, match="sample 7: expected the calls of message 1 between the beginning and the end of an assistant's turn"):
+            found(tokenizer, asking, turns)
+
+
+# As GLM's: a line for what is said, none where nothing is; as Seed-OSS': nor an end.
+NO_LINE = "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' + m.content if m.content.strip() else '' }}<|im_end|>{% endfor %}"
+NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' + m.content + '<|im_end|>' if m.content.strip() else '' }}{% endfor %}"
+
+
+def test_an_empty_answer_that_a_template_writes_in_a_way_of_its_own(tokenizer):  # noqa: F811
+    turns = [(U, "a?"), (A, ""), (U, "assistant"), (A, "assistant"), (U, "b?"), (A, " ")]
+    said = "<|im_start|>user\na?<|im_end|><|im_start|>assistant{0}<|im_start|>user\nassistant<|im_end|><|im_start|>assistant\n⟦assistant<|im_end|>⟧<|im_start|>user\nb?<|im_end|><|im_start|>assistant{0}"
+    assert found(tokenizer, NO_LINE, turns) == golden(said.format("⟦<|im_end|>⟧"))
+    assert found(tokenizer, NO_END, turns) == golden(said.format(""))
+    spelled = [(U, "<|im_end|>"), *turns[1:2]]
+    assert found(tokenizer, NO_LINE, spelled) == golden("<|im_start|>user\n‹<|im_end|>›<|im_end|><|im_start|>assistant⟦<|im_end|>⟧")
+    with pytest.raises(UserError, match="^chats.jsonl, sample 7: " + re.escape(LOST.format("'no'"))):
+        found(tokenizer, NO_LINE.replace("m.content +", "m.content").replace("'\n' + m.content", "'\n' + m.content | upper"), [*turns[:2], (U, "c"), (A, "no")])
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
