@@ -141,7 +141,7 @@ class ChatTokenizer:
         except UserError:    # it knows names
             shown = ""
         for i in calling:
-            if placeholder(i) in shown:
+            if placeholder(i) in shown and placeholder(i) not in text:
                 continue
             try:
                 if self._render(_with(messages, i, _without_calls(messages[i])), at, tools)[0] == text:
