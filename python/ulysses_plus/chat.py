@@ -51,6 +51,8 @@ class ChatTokenizer:
         self.x_control = {
             token.content: token for token in added.values() if token.special or token.content.startswith(("<|", "<\uff5c"))
         }
+        others = {tokenizer.unk_token, tokenizer.bos_token} - {tokenizer.eos_token}
+        self.x_ends = {id_: token.content for id_, token in added.items() if token.content in self.x_control and token.content not in others}
         self.x_plain = None          # made when the first message spells out a control token
         self.x_skeletons = {}        # roles and shapes of a conversation's messages, tools -> Skeleton or None
 
@@ -60,7 +62,7 @@ class ChatTokenizer:
         turns   [(role, text) or (role, text, the message's other keys), ...]
         tools   what the template is told of functions that can be called: a list of JSON-like dicts
         flags   1 where the token is a target: with mask_inputs what the template marks as generated or, without marks,
-                the assistant's text and the one token after it; else all; never the first token
+                the assistant's text and the end of its turn (flags_of); else all; never the first token
         at      names the sample in errors
         Raises UserError when the template refuses the conversation, leaves out or changes an answer or leaves out calls.
         """
@@ -93,19 +95,20 @@ class ChatTokenizer:
             flags = bytearray(b"\1") * len(ids)
         else:
             answers = [self._without_empty_think(text, span) for span in answers]
-            flags = (marked_flags if by_marks else flags_of)(text, offsets, answers)
+            flags = marked_flags(text, offsets, answers) if by_marks else flags_of(text, offsets, answers, ids, self.x_ends)
         if flags:
             flags[0] = 0
         return ids, flags, bool(answering)
 
-    def _render(self, messages, at, tools):
-        """Returns (text, the parts of it that the template marks as the assistant's): character offsets."""
+    def _render(self, messages, at, tools, asks=False):
+        """Returns (text, the parts of it that the template marks as the assistant's): character offsets. `asks` adds the beginning of an answer."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template, has_marks = self.x_templates[bool(tools)]
         try:
             texts, marks = render_jinja_template(
-                [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=has_marks, **self.tokenizer.special_tokens_map
+                [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=has_marks,
+                add_generation_prompt=asks, **self.tokenizer.special_tokens_map
             )
             return texts[0], [tuple(mark) for mark in marks[0]] if has_marks else []
         except Exception as error:
@@ -132,7 +135,14 @@ class ChatTokenizer:
 
     def _unseen(self, messages, text, calling, at, tools):
         """The first message whose calls do not matter to what the template renders; None without."""
+        named = [{**m, **_calls_named(m, placeholder(i))} if i in calling else m for i, m in enumerate(messages)]
+        try:
+            shown = self._render(named, at, tools)[0]
+        except UserError:    # it knows names
+            shown = ""
         for i in calling:
+            if placeholder(i) in shown and placeholder(i) not in text:
+                continue
             try:
                 if self._render(_with(messages, i, _without_calls(messages[i])), at, tools)[0] == text:
                     return i
@@ -167,14 +177,19 @@ class ChatTokenizer:
         for i in wanted:
             if i not in calling:
                 replaced[i], shapes[i], thoughts[i] = _replaced(messages[i], i, at)
-        skeleton = self._learnt(replaced, shapes, at, tools)
+        skeleton, empty = self._learnt(replaced, shapes, at, tools), set()
+        if not _fits(text, contents, skeleton, thoughts, answering.difference(calling)):
+            # A template may write an empty answer's turn in a way of its own: such ones stay as they are.
+            empty = {i for i in answering.difference(calling) if not contents[i].strip() and not thoughts[i]}
+            if empty:
+                skeleton = self._learnt([messages[i] if i in empty else m for i, m in enumerate(replaced)], shapes, at, tools)
         if skeleton is None and any(thoughts.values()):
             raise UserError(
                 f"{at}: expected the assistant's thinking between <think> and </think> in what the chat template rendered, found it elsewhere: "
                 "write it as text into the message's content, or use another chat template"
             )
         counts = Counter(skeleton.order if skeleton is not None else ())
-        for i in sorted(answering.difference(calling)):
+        for i in sorted(answering.difference(calling, empty)):
             if counts[i] == 0:
                 raise _lost(contents[i], at)
             if counts[i] > 1:
@@ -187,8 +202,9 @@ class ChatTokenizer:
             raise _lost(contents[stray], at)
         if spans is None:
             raise UserError(f"{at}: a message spells out a special token, and the chat template changed that message: remove it")
-        called = [self._turn_with_calls(text, messages, i, at, tools) for i in calling if i in answering]
-        return sorted([*spans, *called], key=lambda span: span[1:])
+        called = self._turns_with_calls(text, messages, [i for i in calling if i in answering], at, tools)
+        silent = [(i, *turn) for i in empty if (turn := self._empty_turn(text, messages, i, at, tools)) is not None]
+        return sorted([*spans, *called, *silent], key=lambda span: span[1:])
 
     def _skeleton(self, messages, contents, tools, described):
         shape = tuple((m["role"], shape_of(content) if m["role"] == "assistant" else PLAIN) for m, content in zip(messages, contents))
@@ -206,21 +222,114 @@ class ChatTokenizer:
         except UserError:
             return None
 
-    def _turn_with_calls(self, text, messages, i, at, tools):
-        """Returns (i, start, end) of all that the template shows of a message with calls: what stands where a text alone would."""
+    def _turns_with_calls(self, text, messages, calling, at, tools):
+        """Returns [(message, start, end), ...] of all that the template shows of the messages `calling`, ascending.
+
+        Nothing that another message says may stand between: with placeholders for all other messages each turn reads as in `text`.
+        """
+        if not calling:
+            return []
+        alone = [m if i in calling else _replaced(m, i, at)[0] for i, m in enumerate(messages)]
+        shown = self._render(alone, at, tools)[0]
+        found = self._all_turns_with_calls(text, messages, calling, at, tools)
+        if found is not None and all(text[first:last] in shown for _, first, last in found):
+            return found
+        found, cursor = [], 0
+        for i in calling:
+            turns = []
+            for find in (self._turn_by_stand_in, self._turn_by_prefixes):
+                if (turn := find(text, messages, i, at, tools)) is not None:
+                    turns.append((turn, cursor <= turn[0] and text[slice(*turn)] in shown))
+                    if turns[-1][1]:
+                        break
+            if not turns:
+                raise UserError(
+                    f"{at}: expected the calls of message {i} between the beginning and the end of an assistant's turn, found that the chat template "
+                    "writes them or that turn's text otherwise: write the calls as text into the message's content, as the model is to say them"
+                )
+            (first, last), is_alone = turns[-1]
+            if not is_alone:
+                raise UserError(
+                    f"{at}: expected the calls of message {i} alone in an assistant's turn, found that the chat template writes another message, "
+                    "as a tool's result, into the same turn: use another chat template, or write calls and results as text into the messages' content"
+                )
+            found.append((i, first, last))
+            cursor = last
+        return found
+
+    def _all_turns_with_calls(self, text, messages, calling, at, tools):
+        """Returns what _turns_with_calls does, found in one rendering with stand-ins for all of them; None where that is not certain."""
+        stand_ins, shapes = list(messages), {}
+        for i in calling:
+            stand_ins[i], shapes[i], _ = _replaced(_without_calls(messages[i]), i, at)
+        skeleton = self._learnt(stand_ins, shapes, at, tools)
+        if skeleton is None or skeleton.order != calling or not text.startswith(skeleton.pieces[0]) or not text.endswith(skeleton.pieces[-1]):
+            return None
+        found, cursor, end = [], len(skeleton.pieces[0]), len(text) - len(skeleton.pieces[-1])
+        ends = [end]             # of the turns, from the last to the first, each as late as can be
+        starts = []
+        for piece in skeleton.pieces[-2:0:-1]:
+            end = text.rfind(piece, cursor, end) if end >= 0 else -1
+            starts.append(end + len(piece))
+            ends.append(end)
+        starts.append(cursor)
+        for i, first, last, after in zip(calling, reversed(starts), reversed(ends), skeleton.pieces[1:]):
+            as_early = len(text) - len(after) if i == calling[-1] else text.find(after, cursor)
+            if first != cursor or last != as_early or first >= last or _answer(messages[i]) not in text[first:last]:
+                return None
+            found.append((i, first, last))
+            cursor = last + len(after)
+        return found
+
+    def _turn_by_stand_in(self, text, messages, i, at, tools):
+        """Returns (start, end) of what stands where a text alone would in place of message i with its calls; None where that is not certain."""
         stand_in, shape, _ = _replaced(_without_calls(messages[i]), i, at)
         skeleton = self._learnt(_with(messages, i, stand_in), {i: shape}, at, tools)
-        if skeleton is not None and skeleton.order == [i]:
-            before, after = skeleton.pieces
-            before = before if text.startswith(before) else before.rstrip()
-            first, last = len(before), len(text) - len(after)
-            said = (messages[i]["content"] or "").rpartition("</think>")[2].strip()
-            if first < last and text.startswith(before) and text.endswith(after) and said in text[first:last]:
-                return i, first, last
-        raise UserError(
-            f"{at}: expected the calls of message {i} between the beginning and the end of an assistant's turn, found that the chat template "
-            "writes them or that turn's text otherwise: write the calls as text into the message's content, as the model is to say them"
-        )
+        if skeleton is None or skeleton.order != [i]:
+            return None
+        before, after = skeleton.pieces
+        before = before if text.startswith(before) else before.rstrip()
+        first, last = len(before), len(text) - len(after)
+        if first < last and text.startswith(before) and text.endswith(after) and _answer(messages[i]) in text[first:last]:
+            return first, last
+        return None
+
+    def _turn_by_prefixes(self, text, messages, i, at, tools):
+        """Returns (start, end) of what the template adds for message i with its calls, from where it asks for an answer to the special
+        token that ends the turn; None where that is not certain."""
+        try:
+            before, through = self._render(messages[:i], at, tools, asks=True)[0], self._render(messages[: i + 1], at, tools)[0].rstrip()
+            asked = before != self._render(messages[:i], at, tools)[0]
+        except UserError:
+            return None
+        end = max((name for name in self.x_ends.values() if through.endswith(name)), key=len, default=None)
+        if end is None or not (through.startswith(before) and text.startswith(through)):
+            return None
+        # A template that never asks may write more than the answer; one may ask by itself behind the last message.
+        answered = None if asked else self._learnt([*messages[:i], {"role": "assistant", "content": placeholder(i)}], {i: PLAIN}, at, tools)
+        if not asked and (answered is None or answered.pieces[0].rstrip() != before.rstrip()):
+            return None
+        if i + 1 == len(messages) and not any(self._goes_on(through, messages, role, at, tools) for role in ("tool", "user")):
+            return None
+        first, last = len(before), len(through) - len(end)
+        return (first, last) if first < last and _answer(messages[i]) in text[first:last] else None
+
+    def _goes_on(self, text, messages, role, at, tools):
+        try:
+            return self._render([*messages, {"role": role, "content": placeholder(len(messages))}], at, tools)[0].startswith(text)
+        except UserError:
+            return False
+
+    def _empty_turn(self, text, messages, i, at, tools):
+        """Returns (start, end) of an empty answer that the template writes without the white space around a text; None where the turn has no end."""
+        skeleton = self._learnt(_with(messages, i, _replaced(messages[i], i, at)[0]), {i: PLAIN}, at, tools)
+        if skeleton is None or skeleton.order != [i]:
+            return None
+        before, after = skeleton.pieces
+        before = before if text.startswith(before) else before.rstrip()
+        after = after if text.endswith(after) else after.lstrip()
+        first, last = len(before), len(text) - len(after)
+        return (first, last) if text.startswith(before) and text.endswith(after) and first <= last and not text[first:last].strip() else None
 
     def _without_empty_think(self, text, span):
         start, end = span
@@ -251,8 +360,22 @@ def _with(messages, i, message):
     return [*messages[:i], message, *messages[i + 1 :]]
 
 
+def _answer(message):
+    return (message["content"] or "").rpartition("</think>")[2].strip()
+
+
 def _without_calls(message):
     return {key: value for key, value in message.items() if key not in CALLS}
+
+
+def _calls_named(message, name):
+    """The message's calls, with `name` for the names of all functions."""
+    def named(value):
+        if isinstance(value, dict):
+            return {key: name if key == "name" else named(item) if key == "function" else item for key, item in value.items()}
+        return [named(item) for item in value] if isinstance(value, list) else value
+
+    return {key: named(message[key]) for key in CALLS if key in message}
 
 
 def _replaced(message, i, at):
@@ -267,6 +390,14 @@ def _replaced(message, i, at):
     shape = PLAIN if message["role"] != "assistant" else shape_of(content) if said is None else THINKS
     replaced["content"] = placeholder(i, PLAIN if said is not None else shape)
     return replaced, shape, said
+
+
+def _fits(text, contents, skeleton, thoughts, answering):
+    """Whether each of `answering` stands once in `text`, and all else is as the skeleton has it."""
+    if skeleton is None:
+        return False
+    counts = Counter(skeleton.order)
+    return all(counts[i] == 1 for i in answering) and spans_of(text, contents, skeleton, thoughts)[0] is not None
 
 
 def _quoted(content):
@@ -300,7 +431,10 @@ class _PlainTokenizer:
                 AddedToken(stand_in, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip, normalized=token.normalized)
             ])
             self.x_ids[self.x_backend.token_to_id(stand_in)] = tokenizer.convert_tokens_to_ids(name)
-        self.x_control_ids = set(self.x_ids.values())
+        # What the model makes of unknown characters steers nothing.
+        model = definition["model"]
+        unknown = {model.get("unk_id"), self.x_backend.token_to_id(model["unk_token"]) if model.get("unk_token") else None} - {tokenizer.eos_token_id}
+        self.x_control_ids = set(self.x_ids.values()) - unknown
         # Longer names first: a name may begin with another.
         self.x_names = sorted(control, key=len, reverse=True)
 
@@ -352,17 +486,24 @@ class _PlainTokenizer:
                 start = best[1]
 
 
-def flags_of(text, offsets, spans):
+def flags_of(text, offsets, spans, ids=(), ends=()):
     """Returns 1 for each token whose characters, white space at its edges aside, lie inside one of `spans`, and for the
-    one token right after each span: of an empty one, the token that begins where it stands.
+    one token right after each span, which ends the turn: of an empty one, the token that begins where it stands. Where that is white
+    space with one of `ends` behind it, up to the next span, this is the end of the turn and trained too.
 
     offsets   (start, end) of each token in `text`, ascending; spans ascending and disjoint; a token of spaces alone may have
               nothing between them and stand where it ends (trim_offsets)
+    ids       the tokens; `ends` holds those of control tokens that can end a turn
     """
     flags = bytearray(len(offsets))
-    for first, last in spans:
+    for k_span, (first, last) in enumerate(spans):
         begin, end = (_first_from(offsets, place) for place in (first, last))
         flags[begin:end] = b"\1" * (end - begin)
+        # A token that takes in white space before it (lstrip) ends the turn, though it begins inside.
+        if end > 0 and (place := offsets[end - 1])[1] > last and not text[place[0] : last].strip() and text[last : place[1]].strip():
+            end -= 1
+            begin = min(begin, end)
+            flags[end] = 0
         # Tokens at the edges may stick out, with white space only.
         k = end - 1
         while k >= begin and offsets[k][1] > last:
@@ -374,6 +515,11 @@ def flags_of(text, offsets, spans):
             k -= 1
         if end < len(offsets):
             flags[end] = 1
+            behind, limit = end, spans[k_span + 1][0] if k_span + 1 < len(spans) else len(text)
+            while behind < len(ids) and ids[behind] not in ends and offsets[behind][0] < limit and not text[slice(*offsets[behind])].strip():
+                behind += 1
+            if behind < len(ids) and ids[behind] in ends and offsets[behind][1] <= limit:
+                flags[end : behind + 1] = b"\1" * (behind + 1 - end)
     return flags
 
 

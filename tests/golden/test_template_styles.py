@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from test_label_masks import A, CHATML, CHATML_MARKED, QWEN3, S, U, found, golden, tokenizer  # noqa: E402, F401
+from test_label_masks import A, CHATML, CHATML_MARKED, CONTROL, QWEN3, S, U, found, golden, tokenizer  # noqa: E402, F401
+from ulysses_plus.chat import ChatTokenizer  # noqa: E402
 from ulysses_plus.conversation import make_reader  # noqa: E402
 from ulysses_plus.errors import UserError  # noqa: E402
 
@@ -155,6 +156,100 @@ def test_calls_that_a_template_writes_elsewhere_are_said(tokenizer):  # noqa: F8
         found(tokenizer, template, [(U, "a?"), (A, "", {"tool_calls": [CALL]})])
 
 
+# As Gemma 4's: results stand in the turn that calls.
+ONE_TURN = """\
+{%- for m in messages %}{%- if m.role != 'tool' %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- for call in m.tool_calls or [] %}{{- '<|start_header_id|>' + call.function.name + '()' }}{%- endfor %}
+    {%- if m.tool_calls and not loop.last and messages[loop.index].role == 'tool' %}{{- '<|end_header_id|>' + messages[loop.index].content + '<|eot_id|>' }}{%- endif %}
+    {{- m.content + '<|im_end|>\\n' }}
+{%- endif %}{%- endfor %}"""
+
+
+def test_results_of_tools_in_the_turn_that_calls_are_never_trained(tokenizer):  # noqa: F811
+    turns = [(U, "a?"), (A, "", {"tool_calls": [CALL]}), (T, "secret"), (A, "a")]
+    with pytest.raises(UserError, match="sample 7: expected the calls of message 1 alone in an assistant's turn, found that the chat template writes another"):
+        found(tokenizer, ONE_TURN, turns)
+    want = "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n⟦<|start_header_id|>f()<|im_end|>⟧\n"
+    assert found(tokenizer, ONE_TURN, turns[:2]) == golden(want)
+    twice = [*turns[:2], (U, "f()"), (A, "so", {"tool_calls": [CALL]}), (U, "so"), (A, "so")]
+    assert found(tokenizer, ONE_TURN, twice) == golden(want + turn(U, "f()") + turn(A, "<|start_header_id|>f()so") + turn(U, "so") + turn(A, "so"))
+
+
+def test_results_of_tools_are_cut_out_of_the_turn_where_it_says_where_the_model_stops(tokenizer):  # noqa: F811
+    """As Gemma 4's, whose model stops at the token that begins a result."""
+    stops = ONE_TURN.replace("m.content + '<|im_end|>\\n'", "m.content + ('<|end_header_id|>' if m.tool_calls and loop.last else '<|im_end|>\\n')")
+    stops += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    turns = [(U, "a?"), (A, "", {"tool_calls": [CALL]}), (T, "secret"), (A, "a")]
+    want = turn(U, "a?") + "<|im_start|>assistant\n⟦<|start_header_id|>f()<|end_header_id|>⟧"
+    assert found(tokenizer, stops, turns) == golden(want + "secret<|eot_id|><|im_end|>\n" + turn(A, "a"))
+    with pytest.raises(UserError, match="sample 7: expected the calls of message 1 alone"):     # what is said stands behind the result
+        found(tokenizer, stops, [turns[0], (A, "so", {"tool_calls": [CALL]}), *turns[2:]])
+
+
+def test_many_calls_take_no_more_renderings_than_few(tokenizer, monkeypatch):  # noqa: F811
+    renderings, render = [], ChatTokenizer._render
+    monkeypatch.setattr(ChatTokenizer, "_render", lambda self, *args, **more: renderings.append(1) or render(self, *args, **more))
+    counts = []
+    for n in (1, 9):
+        said = [(A, "x" * i, {"tool_calls": [{"function": {"name": "f", "arguments": {"x": i}}}]}) for i in range(n)]
+        turns = [(U, "a?"), *(message for call in said for message in (call, (T, "<tool_call>")))]
+        called = ['<tool_call>\n{"name": "f", "arguments": {"x": %d}}\n</tool_call>' % i for i in range(n)]
+        want = "".join(turn(A, "x" * i + "\n" * (i > 0) + text) + turn(U, "<tool_response>\n<tool_call>\n</tool_response>") for i, text in enumerate(called))
+        assert found(tokenizer, CALLING, turns) == golden(turn(U, "a?") + want)
+        counts.append(len(renderings))
+        renderings.clear()
+    assert counts[0] == counts[1] <= 6
+
+
+# As Mistral's (no header, and no result without a call before it) and gpt-oss' (the calling turn begins and ends in another way).
+NEEDS_CALLS = """\
+{%- for m in messages %}
+    {%- set before = messages[loop.index0 - 1] if not loop.first else {} %}
+    {%- if m.role == 'tool' %}
+        {%- if not before.tool_calls %}{{- raise_exception('a result without a call') }}{%- endif %}
+        {{- '<|start_header_id|>' + m.content + '<|end_header_id|>' }}
+    {%- elif m.role == 'user' %}{{- '[INST]' + m.content + '[/INST]' }}
+    {%- elif m.tool_calls %}{{- HEADER + m.content + 'to=' + m.tool_calls[0].function.name + '<|eot_id|>' }}
+    {%- else %}{{- HEADER + TEXT + m.content + '<|im_end|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- HEADER }}{%- endif %}"""
+
+
+@pytest.mark.parametrize("header,text", [("", ""), ("<|im_start|>assistant", ""), ("<|im_start|>assistant", "<|begin|>")])
+def test_calls_that_a_result_needs_are_trained_from_header_to_end(tokenizer, header, text):  # noqa: F811
+    template = NEEDS_CALLS.replace("HEADER", repr(header)).replace("TEXT", repr(text))
+    turns = [(U, "f?"), (A, "", {"tool_calls": [CALL]}), (T, "to=f"), (A, "f"), (U, "g?"), (A, "so ", {"tool_calls": [CALL]}), (T, "f")]
+    want = (
+        f"[INST]f?[/INST]{header}⟦to=f<|eot_id|>⟧<|start_header_id|>to=f<|end_header_id|>{header}{text}⟦f<|im_end|>⟧"
+        f"[INST]g?[/INST]{header}⟦so to=f<|eot_id|>⟧<|start_header_id|>f<|end_header_id|>"
+    )
+    assert found(tokenizer, template, turns) == golden(want)
+    assert found(tokenizer, template, turns[:-1]) == golden(want[: want.rindex("<|start_header_id|>")])
+    asking = template[: template.index("{%- if add_generation_prompt")]     # it never asks: where a turn begins is known without a header alone
+    if not header:
+        assert found(tokenizer, asking, turns) == golden(want)
+    else:
+        with pytest.raises(UserError, match="sample 7: expected the calls of message 1 between the beginning and the end of an assistant's turn"):
+            found(tokenizer, asking, turns)
+
+
+# As GLM's: a line for what is said, none where nothing is; as Seed-OSS': nor an end.
+NO_LINE = "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' + m.content if m.content.strip() else '' }}<|im_end|>{% endfor %}"
+NO_END = "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' + m.content + '<|im_end|>' if m.content.strip() else '' }}{% endfor %}"
+
+
+def test_an_empty_answer_that_a_template_writes_in_a_way_of_its_own(tokenizer):  # noqa: F811
+    turns = [(U, "a?"), (A, ""), (U, "assistant"), (A, "assistant"), (U, "b?"), (A, " ")]
+    said = "<|im_start|>user\na?<|im_end|><|im_start|>assistant{0}<|im_start|>user\nassistant<|im_end|><|im_start|>assistant\n⟦assistant<|im_end|>⟧<|im_start|>user\nb?<|im_end|><|im_start|>assistant{0}"
+    assert found(tokenizer, NO_LINE, turns) == golden(said.format("⟦<|im_end|>⟧"))
+    assert found(tokenizer, NO_END, turns) == golden(said.format(""))
+    spelled = [(U, "<|im_end|>"), *turns[1:2]]
+    assert found(tokenizer, NO_LINE, spelled) == golden("<|im_start|>user\n‹<|im_end|>›<|im_end|><|im_start|>assistant⟦<|im_end|>⟧")
+    with pytest.raises(UserError, match="^chats.jsonl, sample 7: " + re.escape(LOST.format("'no'"))):
+        found(tokenizer, NO_LINE.replace("m.content +", "m.content").replace("'\n' + m.content", "'\n' + m.content | upper"), [*turns[:2], (U, "c"), (A, "no")])
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 def test_thinking_with_a_key_of_its_own_is_trained_where_it_is_shown(tokenizer, key):  # noqa: F811
     turns = [(U, "a?"), (A, "a", {key: "yes"}), (U, "b?"), (A, " s", {key: "\nno, no\n"})]
@@ -202,6 +297,46 @@ def test_the_end_of_a_turn_is_trained_where_offsets_are_trimmed(tokenizer):  # n
         )
     finally:
         backend.post_processor = before or processors.ByteLevel(trim_offsets=False)
+
+
+LLAMA2 = "{% for m in messages %}{{ '<|begin|>[INST] ' + m.content.strip() + ' [/INST]' if m.role == 'user' else ' ' + m.content.strip() + ' <|eot_id|>' }}{% endfor %}"
+
+
+def test_an_end_of_turn_behind_white_space_is_trained(tokenizer):  # noqa: F811
+    turns = [(U, "q"), (A, "yes\n"), (U, "r"), (A, ""), (U, "s"), (A, "no")]
+    assert found(tokenizer, LLAMA2, turns) == golden(
+        "<|begin|>[INST] q [/INST] ⟦yes <|eot_id|>⟧<|begin|>[INST] r [/INST] ⟦ <|eot_id|>⟧<|begin|>[INST] s [/INST] ⟦no <|eot_id|>⟧"
+    )
+    unended = "{% for m in messages %}{{ '<|begin|>' + m.content + ' ' }}{% endfor %}"
+    assert found(tokenizer, unended, turns[:1] + turns[-1:] + turns[:1]) == golden("<|begin|>q <|begin|>⟦no ⟧<|begin|>q ")
+
+
+def test_an_end_of_turn_that_takes_in_white_space_is_trained(tokenizer):  # noqa: F811
+    """As Phi-4's: special tokens with lstrip and rstrip begin in the answer, where that ends in white space or is empty."""
+    from tokenizers import AddedToken, Tokenizer, decoders
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.decoder = decoders.ByteLevel()
+    stripping = PreTrainedTokenizerFast(tokenizer_object=backend)
+    stripping.add_special_tokens({"additional_special_tokens": [AddedToken(name, lstrip=True, rstrip=True, normalized=False) for name in CONTROL]})
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}<|begin|>{{ m.content }}<|im_end|>{% endfor %}"
+    want = "<|im_start|>user<|begin|>q<|im_end|><|im_start|>assistant<|begin|>⟦{}<|im_end|>⟧".format
+    turns = [(U, "q"), (A, "four\n"), (U, "q "), (A, ""), (U, "q"), (A, " "), (U, "q"), (A, " two")]
+    assert found(stripping, template, turns) == golden(want("four") + want("") + want("") + want("two"))
+
+
+def test_unknown_characters_beside_a_spelled_out_special_token_are_read():
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", *"<|z>aqu"]
+    backend = Tokenizer(models.Unigram([(letter, -1.0) for letter in letters], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens([AddedToken("<unk>", normalized=False), AddedToken("<|z|>", normalized=False)])
+    unigram = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="{% for m in messages %}{{ m.content }}<|z|>{% endfor %}")
+    ids, flags, _ = ChatTokenizer(unigram, "tiny").encode([(U, "q\u00e9<|z|>"), (A, "a")], "sample 7")
+    assert unigram.convert_ids_to_tokens(list(ids)) == ["q", "<unk>", *"<|z|>", "<|z|>", "a", "<|z|>"] and list(flags) == [0] * 8 + [1, 1]
 
 
 def test_with_tools_the_template_for_tools_is_used(tokenizer):  # noqa: F811
