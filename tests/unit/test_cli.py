@@ -40,6 +40,7 @@ ENGINE = """\
 #!PYTHON
 import json, os, signal, sys, time
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])  # which the launcher holds until the engine says what they mean
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where tests run in the background, whose shell has it ignored
 rank = os.environ["RANK"]
 open(os.path.join(os.environ["NOTES"], "rank" + rank), "w").write(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ)}))
 for action, value in json.loads(os.environ.get("ACTIONS", "{}")).get(rank, []):
