@@ -25,6 +25,15 @@ class NetworkError(Exception):
     exit_code = 75
 
 
+def chain_of(error):
+    """Returns the error and what it came of, the latest first."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
 def one_line(value, limit=300):
     """Returns str(value) with all white space collapsed to single spaces, at most `limit` characters long."""
     text = " ".join(str(value).split())

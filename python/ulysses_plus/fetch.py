@@ -10,7 +10,7 @@ import json
 import os
 import sys
 
-from ulysses_plus.errors import NetworkError, UserError, one_line, run
+from ulysses_plus.errors import NetworkError, UserError, chain_of, one_line, run
 
 TOKENIZER_PATTERNS = [
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -57,7 +57,7 @@ def sorted_by_who_must_act(error, repo_id, kind):
     import httpx2
     from huggingface_hub import errors
 
-    chain = _chain(error)
+    chain = chain_of(error)
 
     def first(*kinds):
         return next((e for e in chain if isinstance(e, kinds)), None)
@@ -102,14 +102,6 @@ def sorted_by_who_must_act(error, repo_id, kind):
     if isinstance(error, OSError):
         return UserError(f"{repo_id}: {one_line(error)}")
     return error
-
-
-def _chain(error):
-    chain = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
 
 
 def _check_weights(folder, repo_id):

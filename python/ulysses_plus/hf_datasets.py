@@ -3,7 +3,7 @@
 import errno
 import sys
 
-from ulysses_plus.errors import UserError, one_line
+from ulysses_plus.errors import UserError, chain_of, one_line
 
 # Arguments of load_dataset that change how rows come here, not which.
 NOT_CONTENT = (
@@ -61,7 +61,7 @@ def load_local(builder, data_files, split, scratch, where, name, kwargs, csv=Non
     except MemoryError:
         raise
     except Exception as error:
-        chain = _chain(error)
+        chain = chain_of(error)
         full = next((e for e in chain if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
         if full is not None:
             raise full from error
@@ -129,14 +129,6 @@ def load_hub(name, split, where, kwargs):
         if told is error:
             raise
         raise type(told)(f"{where}: {told}") from error
-
-
-def _chain(error):
-    chain = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
 
 
 def _quiet(datasets):

@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "base/check.h"
+#include "base/json.h"
 #include "launch/environment.h"
 
 namespace uly::launch {
@@ -61,18 +62,11 @@ void read_file(const fs::path& path, Variables& all) {
 }  // namespace
 
 bool is_utf8(std::string_view text) {
-  for (size_t i = 0; i < text.size();) {
-    const auto byte = [&](size_t at) { return at < text.size() ? static_cast<unsigned char>(text[at]) : 0u; };
-    const unsigned first = byte(i), second = byte(i + 1);
-    const size_t length = first < 0x80 ? 1 : first >= 0xc2 && first < 0xe0 ? 2 : (first & 0xf0u) == 0xe0 ? 3 : first >= 0xf0 && first < 0xf5 ? 4 : 0;
-    if (length == 0) return false;
-    for (size_t k = 1; k < length; ++k)
-      if ((byte(i + k) & 0xc0u) != 0x80) return false;
-    // Overlong, a surrogate, beyond U+10FFFF.
-    if ((first == 0xe0 && second < 0xa0) || (first == 0xed && second >= 0xa0) || (first == 0xf0 && second < 0x90) || (first == 0xf4 && second >= 0x90)) return false;
-    i += length;
+  try {
+    return !Json(text).dump().empty();
+  } catch (const Json::type_error&) {  // JSON is UTF-8, and written only so
+    return false;
   }
-  return true;
 }
 
 Variables exported_variables() {

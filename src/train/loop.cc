@@ -63,6 +63,7 @@ class Loop {
   void step();
   void maybe_evaluate();
   Progress resume_if_asked();
+  const std::string& fingerprint();
   void say_what_may_be_lost() const;
   std::string where_not_finite(const Window& window, const Trained& trained);
   std::string sample_words(const std::vector<int64_t>& packs, int64_t token) const;
@@ -80,6 +81,7 @@ class Loop {
   const recipe::Recipe& r_;
   Clock::time_point began_;
   data::Sampler sampler_;
+  std::string fingerprint_;  // of the data; read once, and where states are only
   int64_t more_steps_ = 0;  // made so far beyond what the samples consumed would take in steps of today's size
   Progress start_;          // of this run: 0, or what the state says that it goes on from
   int64_t steps_;           // made so far
@@ -258,6 +260,11 @@ void Loop::maybe_evaluate() {
   last_end_ = Clock::now();
 }
 
+const std::string& Loop::fingerprint() {
+  if (fingerprint_.empty()) fingerprint_ = s_.plan().train.file->fingerprint();
+  return fingerprint_;
+}
+
 void Loop::maybe_save(int64_t finished_epochs, bool epoch_ended, bool ended) {
   for (const recipe::Checkpoint& c : r_.checkpoint) {
     if (!c.enabled || (steps_ == start_.steps && !(ended && lacks_model(c)))) continue;
@@ -279,7 +286,7 @@ void Loop::save(const recipe::Checkpoint& c) {
   const std::string folder = save_folder(c, steps_);
   if (!saved_.insert(folder).second) return;
   metrics_.sync();
-  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"samples", s_.plan().train.packs->size()}, {"data", s_.plan().train.file->fingerprint()}, {"epoch_size", sampler_.epoch_size()}, {"samples_a_step", sampler_.samples_a_step()}, {"schedule_step", steps_ - more_steps_}});
+  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"samples", s_.plan().train.packs->size()}, {"data", fingerprint()}, {"epoch_size", sampler_.epoch_size()}, {"samples_a_step", sampler_.samples_a_step()}, {"schedule_step", steps_ - more_steps_}});
   s_.flush();
   try {
     save_hub(s_, folder);
@@ -297,7 +304,7 @@ Progress Loop::resume_if_asked() {
     if (!found) continue;
     const int64_t had = found->facts.value("samples", int64_t{0}), has = s_.plan().train.packs->size();
     ULY_USER_CHECK(job_.restart_data || had == has, "{}: the data had {} samples when it was saved, and has {}: which have been seen is not known then; expected the same, or --restart-data to begin the data anew", found->folder, format_count(had), format_count(has));
-    const std::string before = found->facts.value("data", ""), now = s_.plan().train.file->fingerprint();
+    const std::string before = found->facts.value("data", ""), now = fingerprint();
     ULY_USER_CHECK(job_.restart_data || before.empty() || before == now, "{}: the data are not those that it was saved with, though as many: which samples have been seen is not known then; expected the same tokens, or --restart-data to begin the data anew", found->folder);
     const int64_t epoch_before = found->facts.value("epoch_size", sampler_.epoch_size());
     ULY_USER_CHECK(job_.restart_data || epoch_before == sampler_.epoch_size(), "{}: an epoch had {} samples when it was saved, and has {} (min_iterations, with a step of another size): which have been seen is not known then; expected the same, or --restart-data to begin the data anew", found->folder, format_count(epoch_before), format_count(sampler_.epoch_size()));

@@ -27,6 +27,8 @@ std::string human(double n) {  // 1.92K, base 1000
   return unit == 0 ? fmt::format("{:.0f}", n) : fmt::format("{:.2f}{}", n, kUnits[unit]);
 }
 
+std::string beginning(const std::string& folder) { return (std::filesystem::path(folder) / "began.json").string(); }
+
 }  // namespace
 
 Metrics::Metrics(const recipe::Recipe& r, const models::Spec& spec, int64_t total_steps, int64_t ranks, bool on)
@@ -72,10 +74,6 @@ void Metrics::forget_after(int64_t iter) {
   }
   if (end >= 0) keep(end);
 }
-
-namespace {
-std::string beginning(const std::string& folder) { return (std::filesystem::path(folder) / "began.json").string(); }
-}  // namespace
 
 void Metrics::begin_in(const std::string& folder) {
   struct stat is;

@@ -3,14 +3,18 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstdint>
 #include <ctime>
 
+#include "launch/signals.h"
+
 namespace uly::train {
 namespace {
 
-constexpr int64_t kRepeat = 1'000'000'000;  // ns; the launcher passes on what this process may have got itself
+// The launcher passes on what this process may have got itself.
+constexpr int64_t kRepeat = std::chrono::nanoseconds(launch::kRepeat).count();
 
 std::atomic<int> noticed = 0;
 std::atomic<int64_t> noticed_at = 0;  // 0: there was none
