@@ -234,6 +234,8 @@ void Watch::choose_cause() {
 
 int Watch::conclude() {
   choose_cause();
+  // Where rank 0 came to the same end later than kSettle, it is the cause to speak of: what it said was shown as it came.
+  if (const Rank& first = ranks_.front(); cause_ && first.rank == 0 && first.failed() && !first.killed() && !cause_->killed() && first.code() == cause_->code()) cause_ = &first;
   for (Rank& r : ranks_) {
     const bool echo = cause_ && &r != cause_ && r.failed() && (r.killed() || r.code() == static_cast<int>(Exit::kDevice) || r.code() == cause_->code());
     if (!echo) quote(r);

@@ -326,6 +326,11 @@ def test_the_same_failure_on_all_ranks_is_told_once(job):
     assert done.returncode == 2 and done.err.count("bad recipe") == 1
 
 
+def test_also_where_rank_0_comes_to_it_much_later(job):
+    done = job.run("run.yml", actions={0: [["ignore", signal.SIGTERM], ["sleep", 1.0], ["say", "bad recipe"], ["exit", 2]], 1: [["say", "error: bad recipe"], ["exit", 2]]})
+    assert done.returncode == 2 and done.err.count("bad recipe") == 1 and done.err.splitlines()[-1] == "bad recipe"
+
+
 def test_a_killed_rank_is_named_and_the_others_stop(job):
     began = time.monotonic()
     done = job.run("run.yml", actions={0: [["sleep", 60]], 1: [["sleep", 0.2], ["die", signal.SIGKILL]]})
