@@ -9,7 +9,9 @@
 // is written, except where the name says add. Letters: base/shapes.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <string_view>
 #include <vector>
 
@@ -76,6 +78,13 @@ class Ops {
   virtual void norm_rope_grad(Buffer dx_snH, Buffer dw_H, Buffer raw_snH, Buffer rstd_sn, Buffer w_H, Buffer table_sH) = 0;  // dx: dy in, dx out; dw +=
   virtual void rope_table(Buffer table_sH) = 0;                                 // cos | sin, H/2 columns each, from positions
   virtual void rope(Buffer x_snH, Buffer table_sH, int direction) = 0;          // in place; -1 rotates back: the gradient
+
+  // --- body(first row, rows) for each `tile` of `rows`, in order; the last may have fewer. A body only computes: it makes, moves,
+  // exchanges and marks nothing, so that who only counts may read one for all that are alike.
+  using TileBody = std::function<void(int64_t first, int64_t rows)>;
+  virtual void for_tiles(int64_t rows, int64_t tile, const TileBody& body) {
+    for (int64_t first = 0; first < rows; first += tile) body(first, std::min(tile, rows - first));
+  }
 
   // --- attention over this rank's heads of the whole sequence; documents are data. qkv_S: columns q nH | k kH | v kH.
   // The layout within lse_Sn is the engine's own. `workspace`: of ops/attention.h's size; no buffer on the CPU.

@@ -199,7 +199,20 @@ void Priced::note(Stream stream, double begin, double end) {
   else of.push_back({begin, end});
 }
 
+void Priced::for_tiles(int64_t rows, int64_t tile, const TileBody& body) {
+  const int64_t clock = clock_, whole = rows / tile, rest = rows % tile;
+  const size_t events = events_.size();
+  if (whole > 0) {
+    times_ = static_cast<double>(whole);
+    body(0, tile);
+    times_ = 1;
+  }
+  if (rest > 0) body(rows - rest, rest);
+  ULY_CHECK(clock_ == clock && events_.size() == events, "a tile makes, moves or exchanges something");
+}
+
 void Priced::compute(double seconds) {
+  seconds *= times_;
   note(Stream::kCompute, free_at_[0], free_at_[0] + seconds);
   free_at_[0] += seconds;
   price_.busy[0] += seconds;
@@ -229,13 +242,13 @@ void Priced::wait(ops::Event event) {
 void Priced::moved(std::initializer_list<Buffer> buffers) {
   double bytes = 0;
   for (const Buffer& b : buffers) bytes += static_cast<double>(b.bytes());
-  price_.moved_bytes += bytes;
+  price_.moved_bytes += times_ * bytes;
   compute(over(bytes, rates_.device_bytes));
 }
 
 void Priced::gemm(int64_t m, int64_t n, int64_t k) {
   const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
-  price_.gemm_flops += flops;
+  price_.gemm_flops += times_ * flops;
   compute(over(flops, rates_.gemm_flops));
 }
 

@@ -83,6 +83,7 @@ class Priced final : public ops::Ops {
   void copy(ops::Buffer y, ops::Buffer x) override { moved({y, x}); }
   ops::Event move(ops::Buffer y, ops::Buffer x) override;
   void mark(std::string_view where, int64_t layer) override;
+  void for_tiles(int64_t rows, int64_t tile, const TileBody& body) override;
   void linear(ops::Buffer y, ops::Buffer x, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }
   void linear_add(ops::Buffer y, ops::Buffer x, ops::Buffer, ops::Buffer) override { gemm(y.rows, y.columns, x.columns); }
   void linear_dx(ops::Buffer dx, ops::Buffer dy, ops::Buffer) override { gemm(dx.rows, dx.columns, dy.columns); }
@@ -135,6 +136,7 @@ class Priced final : public ops::Ops {
   std::array<std::array<int64_t, ops::kNumKinds>, ops::kNumTiers> live_by_kind_{};
   std::array<int64_t, ops::kNumTiers> live_{};
   int64_t clock_ = 0;
+  double times_ = 1;                             // that what is being read runs
   std::array<double, kNumStreams> free_at_{};    // seconds from the program's start
   std::vector<std::pair<Stream, double>> events_;  // when each has happened
   std::string where_;

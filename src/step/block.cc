@@ -75,8 +75,7 @@ void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h
   Held scratch_t2F, a_tF;
   if (!a_sF.exists()) a_tF = make(tile, F, Kind::kActivations, "MLP activation tile");
   if (!gate_up_s2F.exists()) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
-  for (int64_t first = 0; first < s; first += tile) {
-    const int64_t t = std::min(tile, s - first);
+  ops_.for_tiles(s, tile, [&](int64_t first, int64_t t) {
     const Buffer gate_up = gate_up_s2F.exists() ? gate_up_s2F.row_range(first, t) : (*scratch_t2F).row_range(0, t);
     const Buffer a = a_sF.exists() ? a_sF.row_range(first, t) : (*a_tF).row_range(0, t), y = y_sD.row_range(first, t);
     ops_.linear(gate_up, h_sD.row_range(first, t), w.gate_up_2FD);
@@ -84,7 +83,7 @@ void Block::mlp_forward(const LayerViews& w, Buffer y_sD, Buffer x1_sD, Buffer h
     ops_.swiglu(a, gate_up);
     ops_.linear_add(y, a, w.down_DF, x1_sD.row_range(first, t));
     if (w.down_bias_D.exists()) ops_.add_bias(y, w.down_bias_D);
-  }
+  });
 }
 
 Block::Attended Block::attend(ToHeads& qkv, const std::function<void()>& arrived) const {
@@ -222,8 +221,7 @@ void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, bool add, Sa
   const bool kept = saved.gate_up_s2F.exists();
   const Buffer gate_up_s2F = kept ? saved.gate_up_s2F.device() : Buffer{}, a_sF = activation ? saved.a_sF.device() : Buffer{};
   if (!kept) scratch_t2F = make(tile, 2 * F, Kind::kActivations, "gate and up tile");
-  for (int64_t first = 0; first < s; first += tile) {
-    const int64_t t = std::min(tile, s - first);
+  ops_.for_tiles(s, tile, [&](int64_t first, int64_t t) {
     const Buffer gate_up = kept ? gate_up_s2F.row_range(first, t) : (*scratch_t2F).row_range(0, t);
     const Buffer h = h_sD.row_range(first, t), a = activation ? a_sF.row_range(first, t) : (*a_tF).row_range(0, t), da = (*da_tF).row_range(0, t), dy = dy_sD.row_range(first, t);
     if (!kept) {
@@ -236,7 +234,7 @@ void Block::mlp_backward(const LayerViews& w, const LayerViews& dw, bool add, Sa
     ops_.linear_dw(dw.gate_up_2FD, gate_up, h, add || first > 0);
     if (dw.gate_up_bias_2F.exists()) ops_.bias_grad(dw.gate_up_bias_2F, gate_up);
     ops_.linear_dx((*dh_sD).row_range(first, t), gate_up, w.gate_up_2FD);
-  }
+  });
   saved.gate_up_s2F.reset();
   saved.a_sF.reset();
   saved.h2_sD.reset();

@@ -39,14 +39,13 @@ Held loss_head(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, cons
     {
       Held logits_tV(ops, tile, spec.V, o.dtype, Kind::kActivations, "logits tile"), loss_s(ops, s, 1, Dtype::kF32, Kind::kActivations, "loss of each token");
       const Buffer labels_s = ops.input(ops::Input::kLabels_s);
-      for (int64_t first = 0; first < s; first += tile) {
-        const int64_t t = std::min(tile, s - first);
+      ops.for_tiles(s, tile, [&](int64_t first, int64_t t) {
         const Buffer logits = (*logits_tV).row_range(0, t), h = (*h_sD).row_range(first, t);
         ops.linear(logits, h, table_VD);
         ops.cross_entropy(logits, (*loss_s).row_range(first, t), labels_s.row_range(first, t));
         ops.linear_dx((*dh_sD).row_range(first, t), logits, table_VD);
         ops.linear_dw(gradient.view(at, spec.V, D), logits, h, zero.products_add() || first > 0);
-      }
+      });
       ops.sum_loss(states.loss_total, loss_s);
     }
     if (spec.tied_embeddings) {
@@ -78,12 +77,11 @@ void loss_alone(ops::Ops& ops, const Model& m, const Options& o, Zero& zero, con
   x_sD.reset();
   const Buffer table_VD = zero.weights(units.table).view(table_offset(m), spec.V, D), labels_s = ops.input(ops::Input::kLabels_s);
   const Held logits_tV(ops, tile, spec.V, o.dtype, Kind::kActivations, "logits tile"), loss_s(ops, s, 1, Dtype::kF32, Kind::kActivations, "loss of each token");
-  for (int64_t first = 0; first < s; first += tile) {
-    const int64_t t = std::min(tile, s - first);
+  ops.for_tiles(s, tile, [&](int64_t first, int64_t t) {
     const Buffer logits = (*logits_tV).row_range(0, t);
     ops.linear(logits, (*h_sD).row_range(first, t), table_VD);
     ops.cross_entropy(logits, (*loss_s).row_range(first, t), labels_s.row_range(first, t));
-  }
+  });
   ops.sum_loss(states.loss_total, loss_s);
   if (look) look(units.head, loss_s);
   if (spec.tied_embeddings) zero.release(units.table);
