@@ -110,9 +110,17 @@ class Search {
       const Bytes over = excess(price, q_);
       return PlacedCandidate{std::move(*c), std::move(price), over};
     };
-    auto first = placed(anything_that_fits(trial));
-    if (!first || !is_over(first->over)) return first;
     const Bytes given = limits_;
+    auto first = placed(anything_that_fits(trial));
+    // Gaps that make it too much are room that the next may not have.
+    for (auto next = first; next && is_over(next->over);) {
+      for (size_t t = 0; t < limits_.size(); ++t)
+        if (next->over[t] > 0) limits_[t] = next->candidate.bytes[t] - next->over[t];
+      next = placed(anything_that_fits(trial));
+      if (next && !is_over(next->over)) first = std::move(next);
+    }
+    limits_ = given;
+    if (!first || !is_over(first->over)) return first;
     const int64_t before = pricings_;
     auto least = placed(with_least_on_device());
     limits_ = given;

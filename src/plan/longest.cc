@@ -100,7 +100,7 @@ std::string advice(const Plan& plan, const recipe::Recipe& r, const models::Spec
     ways.push_back(fmt::format("sequence_parallel_size={} on {} ranks", wider.sequence_parallel_size, world * more));
     break;
   }
-  const int64_t longest = longest_that_fits(r, spec, machine, world, plan.room.device_bytes);
+  const int64_t longest = plan.longest && plan.longest->max_length > 0 ? plan.longest->max_length : longest_that_fits(r, spec, machine, world, plan.room.device_bytes);
   if (longest > 0) ways.push_back(fmt::format("data.max_length={}", longest));
   else ways.push_back(fmt::format("not even {} tokens fit: use more ranks or a smaller model", unit_below(r, plan.max_length)));
   return fmt::format("{}", fmt::join(ways, ", or "));
@@ -117,6 +117,13 @@ Largest largest_kind(const Price& price, Tier tier) {
   return most;
 }
 
+void describe(Longest& found, const Plan& plan) {
+  const Tier tier = found.limit.value_or(Tier::kDevice);
+  const Largest largest = largest_kind(plan.price, tier);
+  found.kind = largest.kind, found.kind_bytes = largest.bytes;
+  found.bytes = plan.price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0), found.room_bytes = plan.room.of(tier);
+}
+
 Longest find_longest(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t most, int64_t unit, int64_t from) {
   Longest found;
   FitTrial trial;
@@ -127,30 +134,32 @@ Longest find_longest(const recipe::Recipe& r, const models::Spec& spec, const Ma
     plan = sized(r, spec, machine, world, n);
     return anything_that_fits(model, plan.options, question(plan, r, machine), trial);
   };
-  Plan plan;
-  double part = 1;
-  for (int64_t n = largest_about(most, unit, from, [&](int64_t tokens) { return fitting(tokens, plan).has_value(); }); n > 0; n = std::min(n - unit, static_cast<int64_t>(part * static_cast<double>(n)) / unit * unit)) {
-    part = 0.998;
+  Plan plan, longest;
+  int64_t n = largest_about(most, unit, from, [&](int64_t tokens) { return fitting(tokens, plan).has_value(); });
+  // With them, from there: down by as much as it is over, then halving between, to half a percent too.
+  for (int64_t high = n + unit; n > 0 && high - found.max_length > std::max(unit - 1, found.max_length / 200);) {
     plan = sized(r, spec, machine, world, n);
-    const Question q = question(plan, r, machine);
-    std::optional<PlacedCandidate> least = least_with_places(model, plan.options, q, trial);
-    if (!least) continue;
-    for (size_t t = 0; t < least->over.size(); ++t)
-      if (least->over[t] > 0) part = std::min(part, 1 - static_cast<double>(least->over[t]) / static_cast<double>(least->price.total_bytes(static_cast<Tier>(t))));
-    if (*std::max_element(least->over.begin(), least->over.end()) > 0) continue;
-    plan.price = std::move(least->price);
-    found.max_length = n;
-    if (n + unit <= most) {
+    std::optional<PlacedCandidate> least = least_with_places(model, plan.options, question(plan, r, machine), trial);
+    double part = 0.998;
+    for (size_t t = 0; least && t < least->over.size(); ++t)
+      part = std::min(part, 1 - static_cast<double>(least->over[t]) / static_cast<double>(least->price.total_bytes(static_cast<Tier>(t)) + (t == 0 ? plan.besides_bytes : 0)));
+    if (least && *std::max_element(least->over.begin(), least->over.end()) <= 0) {
+      found.max_length = n;
+      longest = std::move(plan), longest.price = std::move(least->price);
+    } else {
+      high = n;
+    }
+    n = found.max_length > 0 ? (found.max_length + high) / 2 / unit * unit : std::min(n - unit, static_cast<int64_t>(part * static_cast<double>(n)) / unit * unit);
+    if (n <= found.max_length) break;
+  }
+  if (found.max_length > 0) {
+    if (found.max_length + unit <= most) {
       // Where a little more fits but for its places, it is the device's.
-      const Plan longer = sized(r, spec, machine, world, std::min(most, std::max(n + unit, n / 100 * 102)));
+      const Plan longer = sized(r, spec, machine, world, std::min(most, std::max(found.max_length + unit, found.max_length / 100 * 102)));
       const Question ask = question(longer, r, machine);
       found.limit = anything_that_fits(model, longer.options, ask, trial) ? Tier::kDevice : short_tier(model, longer, ask, trial);
     }
-    const Tier tier = found.limit.value_or(Tier::kDevice);
-    const Largest largest = largest_kind(plan.price, tier);
-    found.kind = largest.kind, found.kind_bytes = largest.bytes;
-    found.bytes = plan.price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0), found.room_bytes = plan.room.of(tier);
-    break;
+    describe(found, longest);
   }
   found.pricings += trial.pricings;
   return found;

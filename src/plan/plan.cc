@@ -411,13 +411,17 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
   plan.rates = q.rates;
   q.thorough = asked.explain;
   choose_kept(step::Model(spec), plan, q);
+  if (asked.longest && !plan.longest && plan.room.device_bytes > 0) {
+    plan.longest = find_longest(r, spec, machine, world, kLongestAsked, 256, plan.max_length);
+    // It is found to half a percent, within which this one may lie.
+    if (plan.fits && plan.longest->max_length < plan.max_length) plan.longest->max_length = plan.max_length, describe(*plan.longest, plan);
+  }
   if (!plan.fits) plan.why_not = why_not(plan, r, spec, machine, world);
   if (r.eval_interval > 0) {
     const Price price = price_evaluation(step::Model(spec), plan.options, plan.rates);
     plan.eval_seconds = price.seconds, plan.eval_bytes = price.step_places.of(ops::Tier::kDevice);
   }
   plan.hash = hash_of(r, spec, plan);
-  if (asked.longest && !plan.longest && plan.room.device_bytes > 0) plan.longest = find_longest(r, spec, machine, world, kLongestAsked, 256, plan.max_length);
   explain(plan, r, spec, machine, asked);
   return plan;
 }

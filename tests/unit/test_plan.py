@@ -102,6 +102,33 @@ def test_auto_where_nothing_fits_is_a_plan_that_says_so(here):
     assert "max_length auto: nothing fits" in text and "will not fit: " in text and under(text, "longest") == ["nothing fits"]
 
 
+# Attention's results besides the program's buffers, and gaps between these, are what makes it too much here.
+GAPS = ["--gpu", "A100", "--host-memory", "1TiB", "--disk", "1TiB", *(f"model.hf_config_kwargs.{key}={value}" for key, value in {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000}.items())]
+
+
+def test_auto_is_the_longest_also_where_buffers_have_gaps(here):
+    length = here.facts(*GAPS, "data.max_length=auto", "model.init=random")["sequence"]["max_length"]
+    assert here.facts(*GAPS, f"data.max_length={length}", "model.init=random")["fits"]
+    assert not here.facts(*GAPS, f"data.max_length={length * 101 // 100}", "model.init=random")["fits"]
+
+
+def test_what_fits_is_never_longer_than_the_longest(here):
+    longest = here.facts(*GAPS, "model.init=random")["longest"]["max_length"]
+    for length in range(longest, longest * 101 // 100, 1000):
+        facts = here.facts(*GAPS, f"data.max_length={length}", "model.init=random")
+        assert not facts["fits"] or facts["longest"]["max_length"] >= length
+
+
+@pytest.mark.parametrize("tile, tokens", [("64", 1), ("64MiB", 1472), ("3GiB", 71488)])
+def test_tiles_are_counted_to_the_last_rows(here, tile, tokens):
+    facts = here.facts(*GAPS, "data.max_length=100000", "model.init=random", f"memory.tile={tile}")
+    assert facts["tiles"]["mlp_tokens"] == tokens
+    # There is room for all: nothing is computed twice. Linear weights in forward and twice in backward, 100,096 rows with padding.
+    weights = 16 * (2048 * (2 * 2048 + 2 * 512) + 3 * 2048 * 5632) + 2048 * 32000
+    assert facts["arithmetic"]["gemm_flops"] == pytest.approx(2 * 3 * 100_096 * weights, rel=1e-12)
+
+
 def test_other_words_are_no_length(here):
     assert here.error("data.max_length=automatic") == "command line: data.max_length: expected an integer >= 1 or auto, found 'automatic'"
 
