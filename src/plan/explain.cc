@@ -240,6 +240,8 @@ void Writer::memory(const Machine& machine) {
            format_bytes(plan_.room.of(tier)));
   if (!machine.imagined && machine.disk_bytes == 0 && !r_.memory_disk_folders.empty() && r_.memory_disk_bytes > 0)
     if (const int64_t free = free_scratch_bytes(r_); r_.memory_disk_bytes > free) line("", "memory.disk_size ({}): {}, of which {} are free there", r_.where("memory.disk_size"), format_bytes(r_.memory_disk_bytes), format_bytes(free));
+  for (const std::string& folder : r_.memory_disk_folders)
+    if (!machine.imagined && is_in_memory(folder)) line("", "memory.disk ({}): {} is a file system in memory and no disk: what lies there takes host memory besides the plan's", r_.where("memory.disk"), folder);
   if (machine.cuda && machine.memory_bytes > 0 && r_.memory_host_bytes > machine.memory_bytes)
     line("", "memory.host ({}): {}, of which {} are free here", r_.where("memory.host"), format_bytes(r_.memory_host_bytes), format_bytes(machine.memory_bytes));
   facts()["host_bytes"] = price.total_bytes(ops::Tier::kHost), facts()["disk_bytes"] = price.total_bytes(ops::Tier::kDisk);

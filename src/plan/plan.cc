@@ -2,12 +2,16 @@
 
 #include <xxhash.h>
 
+#include <linux/magic.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <map>
 
 #include "base/check.h"
 #include "base/shapes.h"
@@ -272,14 +276,24 @@ Steps count_steps(const recipe::Recipe& r, int64_t R, int64_t num_samples) {
 }
 
 int64_t free_scratch_bytes(const recipe::Recipe& r) {
-  int64_t least = INT64_MAX;
+  std::map<dev_t, int64_t> folders_on;  // they take turns, also where they share a disk
+  std::vector<std::pair<dev_t, int64_t>> found;
   for (const std::string& folder : r.memory_disk_folders) {
     std::error_code error;
     const auto space = std::filesystem::space(folder, error);
-    ULY_USER_CHECK(!error, "memory.disk ({}): {}: {}", r.where("memory.disk"), folder, error.message());
-    least = std::min(least, static_cast<int64_t>(space.available));
+    struct stat about{};
+    ULY_USER_CHECK(!error && ::stat(folder.c_str(), &about) == 0, "memory.disk ({}): {}: {}", r.where("memory.disk"), folder, error ? error.message() : std::strerror(errno));
+    ++folders_on[about.st_dev];
+    found.emplace_back(about.st_dev, static_cast<int64_t>(space.available));
   }
-  return least / 10 * 9 * static_cast<int64_t>(r.memory_disk_folders.size());
+  int64_t least = INT64_MAX;
+  for (const auto& [disk, bytes] : found) least = std::min(least, bytes / folders_on[disk]);
+  return least / 10 * 9 * static_cast<int64_t>(found.size());
+}
+
+bool is_in_memory(const std::string& folder) {
+  struct statfs about{};
+  return ::statfs(folder.c_str(), &about) == 0 && (about.f_type == TMPFS_MAGIC || about.f_type == RAMFS_MAGIC);
 }
 
 int64_t scratch_bytes(const recipe::Recipe& r) { return r.memory_disk_folders.empty() ? 0 : r.memory_disk_bytes > 0 ? r.memory_disk_bytes : free_scratch_bytes(r); }

@@ -152,9 +152,10 @@ inline constexpr int64_t kLongestAsked = int64_t{1} << 27;
 // The longest data.max_length, up to what the recipe has, that fits into `budget_bytes` for one rank, all else as the plan has it; 0 if none does.
 int64_t longest_that_fits(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes);
 
-// Nine tenths of what the fullest of memory.disk's folders has free, times their number, as they are used in turn; and what all ranks
-// of a machine may use there: memory.disk_size, else as much. 0 without folders.
+// Nine tenths of what memory.disk's folders have free that are used in turn: as much on each as on the fullest, and a disk's room
+// once where several lie on it; and what all ranks of a machine may use there: memory.disk_size, else as much. 0 without folders.
 int64_t free_scratch_bytes(const recipe::Recipe& recipe);
+bool is_in_memory(const std::string& folder);  // on a tmpfs
 int64_t scratch_bytes(const recipe::Recipe& recipe);
 
 // Of `world` ranks, those on one machine.

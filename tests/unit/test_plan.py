@@ -257,6 +257,23 @@ def test_a_size_without_a_folder_has_no_effect_and_one_beyond_the_disk_is_told(h
     assert re.search(r"memory.disk_size \(command line\): 1.0 PiB, of which .* are free there", here.text("--device", "cpu", "memory.disk=.", "memory.disk_size=1024TiB"))
 
 
+def test_two_folders_on_one_disk_have_its_room_once(here):
+    (here.path / "a").mkdir()
+    (here.path / "b").mkdir()
+
+    def room(folders):
+        return re.search(r"of which (\S+ \S+) are free there", here.text("--device", "cpu", f"memory.disk={folders}", "memory.disk_size=1024TiB"))[1]
+
+    assert room("a") == room("a,b")
+
+
+def test_a_disk_in_memory_is_told(here):
+    if subprocess.run(["stat", "-f", "-c", "%T", "/dev/shm"], capture_output=True, text=True).stdout.strip() != "tmpfs" or not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no tmpfs at /dev/shm")
+    said = "memory.disk (command line): /dev/shm is a file system in memory and no disk: what lies there takes host memory besides the plan's"
+    assert said in here.text("--device", "cpu", "memory.disk=/dev/shm") and said not in here.text("--device", "cpu", "memory.disk=.")
+
+
 # --- why
 
 
