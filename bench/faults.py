@@ -5,7 +5,7 @@ down, a disk fills up, a rank is killed at each of the calls that saving consist
 right exit code and sentence, in time, with no process left behind; is the state that it goes on from no older than the last that was saved; and is the
 run that goes on, bit by bit, the one that nothing happened to (losses, norms, learning rates, steps in the metrics file, weights)?
 
-A tiny model on the CPU, two ranks; on one machine, or on two that are network namespaces with an sshd each (root only, else left out).
+A tiny model on the CPU (ULYSSES_TEST_DEVICE=cuda: on GPUs, see tests/cases/fixtures.py), two ranks; on one machine, or on two that are network namespaces with an sshd each (root only, else left out).
 """
 
 import argparse
@@ -76,7 +76,7 @@ class Run:
         if self.hosts:
             where, path = ["-H", "hostfile", "--ssh_port", str(self.hosts[0].port)], f"{self.ssh}/bin:{path}"
         self.said = open(self.folder / "said", "w+")
-        self.process = subprocess.Popen([str(ULYSSES), "run.yml", "--device", "cpu", *where, *map(str, arguments)], cwd=self.folder, env=fixtures.environment(PATH=path, **environment),
+        self.process = subprocess.Popen([str(ULYSSES), "run.yml", *fixtures.ON_DEVICE, *where, *map(str, arguments)], cwd=self.folder, env=fixtures.environment(PATH=path, **environment),
                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.said)
 
     def wait(self, seconds):
@@ -398,7 +398,10 @@ class Campaign:
     def __init__(self, arguments):
         self.arguments, self.rows, self.lock = arguments, [], threading.Lock()
         self.base = pathlib.Path(tempfile.mkdtemp(prefix="ulysses-faults-"))
-        self.machine = f"{os.cpu_count()} cores, {platform.machine()}"
+        self.machine, self.command = f"{os.cpu_count()} cores, {platform.machine()}", "bench/faults.py"
+        if fixtures.DEVICE == "cuda":
+            names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout.split("\n")
+            self.machine, self.command = f"{len(names) - 1} x {names[0]}, {self.machine}", f"ULYSSES_TEST_DEVICE=cuda {self.command}"
 
     def tell(self, row):
         with self.lock:
@@ -431,7 +434,7 @@ class Campaign:
                     break
                 except Wrong as wrong:
                     row["wrong"] = str(wrong)
-                self.tell(row | {"seed": seed, "number": i, "command": "bench/faults.py", "machine": self.machine, "date": datetime.date.today().isoformat()})
+                self.tell(row | {"seed": seed, "number": i, "command": self.command, "machine": self.machine, "date": datetime.date.today().isoformat()})
                 break
 
     def run(self):

@@ -49,6 +49,10 @@ train_log_metrics_path: metrics.jsonl
 kill_switch_path: stop
 """
 NUM_CHATS = 6
+# ULYSSES_TEST_DEVICE=cuda runs on GPUs what takes ON_DEVICE: stops, kills, states to go on from; two ranks, each on a GPU of its own, or with
+# ULYSSES_SHARE_GPU=1 on one. Not for tests that go on with other ranks: there the order of sums differs.
+DEVICE = os.environ.get("ULYSSES_TEST_DEVICE", "cpu")
+ON_DEVICE = ["--device", DEVICE, *(["--num_gpus", "2", "model.dtype=bf16", "deterministic=true"] if DEVICE == "cuda" else [])]
 
 
 def environment(**more):
@@ -58,6 +62,8 @@ def environment(**more):
     """
     names = ("CUDA_DEVICE_ORDER", "ULYSSES_SHARE_GPU", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith(("HF_", "HUGGINGFACE", "TORCHELASTIC"))}
+    if DEVICE == "cuda":
+        more = {**{k: os.environ.get(k) for k in ("CUDA_VISIBLE_DEVICES", "ULYSSES_SHARE_GPU")}, **more}
     fixed = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ULYSSES_RATES": "no-rates.json", "HF_HOME": str(shared() / "hub")}
     return {k: v for k, v in {**kept, **fixed, **more}.items() if v is not None}
 

@@ -41,7 +41,7 @@ class Run:
         (folder / "run.yml").write_text(RECIPE)
 
     def start(self, *arguments, verb="train", umask=-1, **environment):
-        command = [str(ULYSSES), verb, "run.yml", "--device", "cpu", *map(str, arguments)]
+        command = [str(ULYSSES), verb, "run.yml", *fixtures.ON_DEVICE, *map(str, arguments)]
         return subprocess.Popen(command, cwd=self.folder, env=fixtures.environment(**environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, umask=umask)
 
     def run(self, *arguments, code=0, **environment):
