@@ -70,20 +70,20 @@ double seconds(double least, const std::function<void()>& f) {
   return total / static_cast<double>(calls);
 }
 
-constexpr int64_t kH = 128, kN = 32, kK = 8, kRow = (kN + 2 * kK) * kH;
+constexpr int64_t kN = 32, kK = 8;
 
 struct Attention {
-  int64_t S;
+  int64_t S, H, row_elements = (kN + 2 * kK) * H;
   char *qkv, *o, *d_o, *dqkv, *workspace;
   float* lse;
   int64_t workspace_bytes;
   Sdpa& sdpa;
 
-  Attention(Sdpa& s, int64_t tokens, int64_t workspace_size) : S(tokens), workspace_bytes(workspace_size), sdpa(s) {
-    qkv = static_cast<char*>(random_bf16(S * kRow));
-    o = static_cast<char*>(random_bf16(S * kN * kH));
-    d_o = static_cast<char*>(random_bf16(S * kN * kH));
-    dqkv = static_cast<char*>(device(S * kRow * 2));
+  Attention(Sdpa& s, int64_t tokens, int64_t workspace_size, int64_t head_size = 128) : S(tokens), H(head_size), workspace_bytes(workspace_size), sdpa(s) {
+    qkv = static_cast<char*>(random_bf16(S * row_elements));
+    o = static_cast<char*>(random_bf16(S * kN * H));
+    d_o = static_cast<char*>(random_bf16(S * kN * H));
+    dqkv = static_cast<char*>(device(S * row_elements * 2));
     lse = static_cast<float*>(device(S * kN * 4));
     workspace = static_cast<char*>(device(workspace_bytes));
   }
@@ -92,20 +92,20 @@ struct Attention {
   }
 
   SdpaShape shape(int64_t queries, int64_t keys, int64_t k, Mask mask) const {
-    return {.slots = 1, .queries = queries, .keys = keys, .n = k * kN / kK, .k = k, .H = kH, .q_stride = kRow, .kv_stride = kRow, .o_stride = kN * kH, .lse_stride = kN, .mask = mask};
+    return {.slots = 1, .queries = queries, .keys = keys, .n = k * kN / kK, .k = k, .H = H, .q_stride = row_elements, .kv_stride = row_elements, .o_stride = kN * H, .lse_stride = kN, .mask = mask};
   }
   SdpaPointers at(int64_t query, int64_t key, int64_t kv_head) const {
     const int64_t q_head = kv_head * kN / kK;
-    const auto in = [&](char* base, int64_t row, int64_t stride, int64_t column) { return base + 2 * (row * stride + column * kH); };
+    const auto in = [&](char* base, int64_t row, int64_t stride, int64_t column) { return base + 2 * (row * stride + column * H); };
     SdpaPointers p;
-    p.q = in(qkv, query, kRow, q_head), p.k = in(qkv, key, kRow, kN + kv_head), p.v = in(qkv, key, kRow, kN + kK + kv_head);
-    p.dq = in(dqkv, query, kRow, q_head), p.dk = in(dqkv, key, kRow, kN + kv_head), p.dv = in(dqkv, key, kRow, kN + kK + kv_head);
-    p.o = in(o, query, kN * kH, q_head), p.d_o = in(d_o, query, kN * kH, q_head);
+    p.q = in(qkv, query, row_elements, q_head), p.k = in(qkv, key, row_elements, kN + kv_head), p.v = in(qkv, key, row_elements, kN + kK + kv_head);
+    p.dq = in(dqkv, query, row_elements, q_head), p.dk = in(dqkv, key, row_elements, kN + kv_head), p.dv = in(dqkv, key, row_elements, kN + kK + kv_head);
+    p.o = in(o, query, kN * H, q_head), p.d_o = in(d_o, query, kN * H, q_head);
     p.lse = lse + query * kN + q_head * (S - query);
     return p;
   }
   void row(const char* what, const SdpaShape& s, double flops, double t, int64_t ws) const {
-    fmt::print("{{\"what\": \"{}\", \"queries\": {}, \"keys\": {}, \"heads\": {}, \"mask\": \"{}\", \"ragged\": {}, \"deterministic\": {}, \"tflops\": {:.0f}, \"ms\": {:.2f}, \"workspace_gib\": {:.3f}}}\n", what, s.queries, s.keys, s.n,
+    fmt::print("{{\"what\": \"{}\", \"queries\": {}, \"keys\": {}, \"heads\": {}, \"head_size\": {}, \"mask\": \"{}\", \"ragged\": {}, \"deterministic\": {}, \"tflops\": {:.0f}, \"ms\": {:.2f}, \"workspace_gib\": {:.3f}}}\n", what, s.queries, s.keys, s.n, s.H,
                s.mask == Mask::kCausal ? "causal" : "full", s.ragged, s.deterministic, flops / t / 1e12, t * 1e3, static_cast<double>(ws) / 1073741824.0);
     std::fflush(stdout);
   }
@@ -143,7 +143,7 @@ struct Attention {
     static int64_t for_queries = -1;
     if (!offsets) offsets = static_cast<int64_t*>(device(64)), lengths = static_cast<int32_t*>(device(64));
     if (for_queries != s.queries) {
-      const int64_t host[6] = {0, s.queries * kRow, 0, s.queries * kN * kH, 0, s.queries * kN};
+      const int64_t host[6] = {0, s.queries * row_elements, 0, s.queries * kN * H, 0, s.queries * kN};
       const int32_t length = static_cast<int32_t>(s.queries);
       must(cudaMemcpy(offsets, host, sizeof host, cudaMemcpyHostToDevice));
       must(cudaMemcpy(lengths, &length, 4, cudaMemcpyHostToDevice));
@@ -186,6 +186,10 @@ void run_attention(double least, bool million) {
       a.backward(with_fixed_order(a.shape(B, B, 2, Mask::kCausal)), least);
       a.backward(with_fixed_order(a.shape(B, B, 2, Mask::kFull)), least);
     }
+  }
+  for (const int64_t H : {64, 96, 256}) {
+    Attention a(sdpa, 65536, int64_t{6} << 30, H);
+    for (const int64_t S : {int64_t{4096}, int64_t{16384}, int64_t{65536}}) a.forward(a.shape(S, S, 8, Mask::kCausal), least), a.backward(a.shape(S, S, 8, Mask::kCausal), least);
   }
   if (!million) return;
   Attention a(sdpa, 1048576, int64_t{7} << 30);
