@@ -124,6 +124,7 @@ int compare(const Options& options) {
     for (size_t i = axes.size(); i-- > 0; rest /= axes[i].values.size()) values[i] = axes[i].values[rest % axes[i].values.size()];
     rows.push_back(row_of(options, axes, std::move(values)));
   }
+  ULY_USER_CHECK(std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.refused.empty(); }), "{}", rows.front().refused);
   if (options.json) {
     Json out = Json::array();
     for (const Row& row : rows) out.push_back(facts_of(axes, row));

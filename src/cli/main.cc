@@ -97,7 +97,7 @@ std::string help() {
       "  --from STATE --to FOLDER   export: the state's folder (by default the recipe's newest), the model's\n"
       "  --profile FILE        train: write a Chrome trace of the last of the first three steps\n"
       "  --gpus N --nodes N --gpu H100 --gpu-memory 80GiB --host-memory 1.9TiB --host-cores N --disk 7TiB\n"
-      "                        plan: for a machine that one does not have\n"
+      "                        plan: for machines that one does not have: N ranks in all\n"
       "  --explain             plan: what else was considered, and why it was not chosen\n"
       "  --compare KEY=V1,V2   plan: a table, a row for each value; with several, for each combination\n"
       "  --measure [--disk FOLDER ...]   doctor: measure this machine, for the seconds in plans; under a minute\n"
@@ -135,8 +135,8 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
   app.add_flag("--json", options.json, "for programs");
   if (std::string_view(verb.name) == "plan") {
     WhatIf& what = options.what_if;
-    app.add_option("--gpus", num_ranks, "ranks, one a GPU")->each([&](const std::string&) { what.given = true; });
-    app.add_option("--nodes", what.nodes, "machines over which they are spread")->check(kPositive);
+    app.add_option("--gpus", num_ranks, "ranks in all, one a GPU")->each([&](const std::string&) { what.given = true; });
+    app.add_option("--nodes", what.nodes, "machines over which they are spread evenly")->check(kPositive);
     app.add_option("--gpu", what.gpu, "A100, H100, H200, B200");
     app.add_option("--gpu-memory", what.gpu_memory, "of each");
     app.add_option("--host-memory", what.host_memory, "of each machine");

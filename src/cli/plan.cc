@@ -176,7 +176,7 @@ namespace {
 
 int64_t size_from(const std::string& flag, const std::string& text) {
   const std::optional<int64_t> bytes = recipe::bytes_from(text);
-  ULY_USER_CHECK(bytes && *bytes > 0, "{}: expected a size such as 80GiB, found '{}'", flag, text);
+  ULY_USER_CHECK(bytes && *bytes >= 1 << 20, "{}: expected a size of at least 1MiB, such as 80GiB, found '{}'", flag, text);
   return *bytes;
 }
 

@@ -74,24 +74,21 @@ class Search {
 
   // By the ways to keep least, over all ways to place the states.
   std::optional<Candidate> anything_that_fits(FitTrial& trial) {
-    std::vector<StatesPlace> all = places();
-    std::reverse(all.begin(), all.end());
-    std::vector<Kept> ways;
-    for (const int64_t again : {L_, int64_t{0}})
-      for (Kept kept : leanest()) ways.push_back((kept.again = again, kept));
-    const auto fitted = [&](size_t way, size_t place) {
+    const Trials trials = this->trials();
+    const std::vector<Kept>& ways = trials.ways;
+    const auto fitted = [&](size_t i) {
       Bytes passing{};
-      std::optional<Candidate> c = fitting(all[place], ways[way], passing);
-      if (c) trial.fitted = way * all.size() + place;
+      std::optional<Candidate> c = fitting(trials.states(i), trials.kept(i), passing);
+      if (c) trial.least = trial.least && i == trial.fitted, trial.fitted = i;
       return c;
     };
     std::optional<Candidate> found;
-    if (trial.fitted < ways.size() * all.size()) found = fitted(trial.fitted / all.size(), trial.fitted % all.size());
+    if (trial.fitted < trials.size()) found = fitted(trial.fitted);
     for (size_t way = 0; way < ways.size() && !found; ++way) {
       bool may = false;
-      for (size_t place = 0; place < all.size() && !found; ++place) {
-        may = may || (all[place].bytes[0] <= limits_[0] && least_on_device(all[place], ways[way], L_) <= limits_[0]);
-        found = fitted(way, place);
+      for (size_t place = 0; place < trials.places.size() && !found; ++place) {
+        may = may || (trials.places[place].bytes[0] <= limits_[0] && least_on_device(trials.places[place], ways[way], L_) <= limits_[0]);
+        found = fitted(way * trials.places.size() + place);
       }
       // What has more of the same on the device has no better chance.
       while (!may && way + 1 < ways.size() && ways[way + 1].every == ways[way].every && ways[way + 1].again == ways[way].again) ++way;
@@ -112,6 +109,7 @@ class Search {
     };
     const Bytes given = limits_;
     auto first = placed(anything_that_fits(trial));
+    if (!first || !is_over(first->over) || trial.least) return first;
     // Gaps that make it too much are room that the next may not have.
     for (auto next = first; next && is_over(next->over);) {
       for (size_t t = 0; t < limits_.size(); ++t)
@@ -122,7 +120,7 @@ class Search {
     limits_ = given;
     if (!first || !is_over(first->over)) return first;
     const int64_t before = pricings_;
-    auto least = placed(with_least_on_device());
+    auto least = placed(with_least_on_device(trial));
     limits_ = given;
     trial.pricings += pricings_ - before;
     return least;
@@ -130,7 +128,7 @@ class Search {
 
   // What has least in a tier and fits into the others; nothing where these alone are too small.
   std::optional<Candidate> with_least(Tier tier, FitTrial& trial) {
-    std::optional<Candidate> c = tier == Tier::kDevice ? with_least_on_device() : with_least_away(tier);
+    std::optional<Candidate> c = tier == Tier::kDevice ? with_least_on_device(trial) : with_least_away(tier);
     trial.pricings += pricings_;
     return c;
   }
@@ -453,20 +451,18 @@ class Search {
     return arrange(states, kept, passing);
   }
 
-  std::optional<Candidate> with_least_on_device() {
+  std::optional<Candidate> with_least_on_device(FitTrial& trial) {
     limits_[0] = kWhatever;
-    std::vector<StatesPlace> all = places();
+    const Trials trials = this->trials();
     std::optional<Candidate> least;
-    for (const int64_t again : {L_, int64_t{0}})
-      for (Kept kept : leanest()) {
-        kept.again = again;
-        for (size_t place = all.size(); place-- > 0;) {
-          Bytes passing{};
-          if (!may_fit(all[place], kept) || (least && least_on_device(all[place], kept, most_away(all[place], kept, passing)) >= least->bytes[0])) continue;
-          std::optional<Candidate> c = with_most_away(all[place], kept, passing);
-          if (c && (!least || c->bytes[0] < least->bytes[0])) least = std::move(c);
-        }
-      }
+    for (size_t i = 0; i < trials.size(); ++i) {
+      const StatesPlace& states = trials.states(i);
+      const Kept& kept = trials.kept(i);
+      Bytes passing{};
+      if (!may_fit(states, kept) || (least && least_on_device(states, kept, most_away(states, kept, passing)) >= least->bytes[0])) continue;
+      std::optional<Candidate> c = with_most_away(states, kept, passing);
+      if (c && (!least || c->bytes[0] < least->bytes[0])) least = std::move(c), trial.fitted = i, trial.least = true;
+    }
     return least;
   }
 
@@ -516,6 +512,24 @@ class Search {
     const auto leanness = [](const Kept& kept) { return std::pair(kept.every, -static_cast<int>(kept.lean) - static_cast<int>(kept.rebuilt_tier)); };
     std::stable_sort(all.begin(), all.end(), [&](const Kept& a, const Kept& b) { return leanness(a) < leanness(b); });
     return all;
+  }
+
+  // What is tried where it only has to fit: the ways that keep least, each with every way to place the states, from those that have
+  // fewest on the device.
+  struct Trials {
+    std::vector<Kept> ways;
+    std::vector<StatesPlace> places;
+
+    size_t size() const { return ways.size() * places.size(); }
+    const Kept& kept(size_t i) const { return ways[i / places.size()]; }
+    const StatesPlace& states(size_t i) const { return places[i % places.size()]; }
+  };
+  Trials trials() {
+    Trials t{.places = places()};
+    std::reverse(t.places.begin(), t.places.end());
+    for (const int64_t again : {L_, int64_t{0}})
+      for (Kept kept : leanest()) t.ways.push_back((kept.again = again, kept));
+    return t;
   }
 
   // The fastest of those below `bar` seconds.

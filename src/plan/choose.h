@@ -57,6 +57,7 @@ Choice choose_places(const step::Model& model, const step::Options& options, con
 // Something that fits, with the least kept. What fits at one length or room is tried first at the next.
 struct FitTrial {
   size_t fitted = 0;
+  bool least = false;  // and nothing has less on the device
   int64_t pricings = 0;
 };
 std::optional<Candidate> anything_that_fits(const step::Model& model, const step::Options& options, const Question& question, FitTrial& trial);

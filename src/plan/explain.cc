@@ -290,9 +290,10 @@ void Writer::longest() {
   facts()["longest"] = {{"max_length", l.max_length}, {"limited_by", l.limit ? Json(ops::name_of(*l.limit)) : Json()}};
   if (l.max_length == 0) return line("longest", "nothing fits");
   if (!l.limit) return line("longest", "{} tokens fit, {}", format_count(l.max_length), l.max_length < kLongestAsked / 2 ? "the model's sliding window" : "and nobody asks for more");
-  facts()["longest"].update({{"largest", ops::name_of(l.kind)}, {"largest_bytes", l.kind_bytes}, {"bytes", l.bytes}, {"room", l.room_bytes}});
-  line("longest", "{} tokens fit (data.max_length), then the {} is full: {} of {}, {} of it {}", format_count(l.max_length), *l.limit == ops::Tier::kHost ? "host's memory" : ops::name_of(*l.limit), format_bytes(l.bytes), format_bytes(l.room_bytes),
-       format_bytes(l.kind_bytes), ops::name_of(l.kind));
+  if (l.bytes == 0) return line("longest", "{} tokens fit (data.max_length), {} do not", format_count(l.max_length), format_count(l.next_length));
+  facts()["longest"].update({{"next_length", l.next_length}, {"bytes", l.bytes}, {"room", l.room_bytes}, {"largest", ops::name_of(l.kind)}, {"largest_bytes", l.kind_bytes}});
+  line("longest", "{} tokens fit (data.max_length), then the {} is too small: {} would take {} of its {}, {} of it {}", format_count(l.max_length), *l.limit == ops::Tier::kHost ? "host's memory" : ops::name_of(*l.limit), format_count(l.next_length),
+       format_bytes(l.bytes), format_bytes(l.room_bytes), format_bytes(l.kind_bytes), ops::name_of(l.kind));
 }
 
 void Writer::batch() {

@@ -31,16 +31,37 @@ int64_t largest_about(int64_t most, int64_t unit, int64_t from, Fits&& fits) {
   return low;
 }
 
-// The tier with too little room for `plan`, which does not fit: the first of disk, host and device that alone, with more, would do.
-Tier short_tier(const step::Model& model, const Plan& plan, const Question& q, FitTrial& trial) {
-  for (const Tier tier : {Tier::kDisk, Tier::kHost}) {
-    if (plan.room.of(tier) == 0) continue;
-    Question more = q;
-    (tier == Tier::kDisk ? more.room.disk_bytes : more.room.host_bytes) = int64_t{1} << 60;
-    if (anything_that_fits(model, plan.options, more, trial)) return tier;
+// The first of disk, host and device with too little room for `plan`, which does not fit, where the others have enough; and what has
+// least in that tier. Nothing where no tier alone is too small.
+struct Short {
+  Tier tier = Tier::kDevice;
+  Candidate candidate;
+  Price price;
+};
+std::optional<Short> too_small(const step::Model& model, const Plan& plan, const Question& q, int64_t& pricings) {
+  std::optional<Short> found;
+  constexpr int64_t kWhatever = int64_t{1} << 60;
+  Question more = q;
+  for (int64_t Room::*bytes : {&Room::host_bytes, &Room::disk_bytes})
+    if (more.room.*bytes > 0) more.room.*bytes = kWhatever;
+  FitTrial trial;
+  const bool for_device = !anything_that_fits(model, plan.options, more, trial);
+  pricings += trial.pricings;
+  for (const Tier tier : {Tier::kDisk, Tier::kHost, Tier::kDevice}) {
+    if (plan.room.of(tier) == 0 || (for_device && tier != Tier::kDevice)) continue;
+    FitTrial least;
+    std::optional<Candidate> c = with_least(model, plan.options, q, tier, least);
+    pricings += least.pricings;
+    if (!c) continue;
+    Price price = price_with_places(model, c->options, q.rates);
+    found = Short{tier, std::move(*c), std::move(price)};
+    // More room here helps only where the device's places have none to spare.
+    if (tier == Tier::kDevice || excess(found->price, q)[0] <= 0) break;
   }
-  return Tier::kDevice;
+  return found;
 }
+
+int64_t bytes_in(const Price& price, const Plan& plan, Tier tier) { return price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0); }
 
 const char* kind_words(ops::Kind kind) { return kind == ops::Kind::kOptimizer ? "optimizer states" : ops::name_of(kind); }
 
@@ -91,19 +112,34 @@ std::string advice(const Plan& plan, const recipe::Recipe& r, const models::Spec
     split.options.split_master = true;
     if (fits(split, r)) ways.push_back("memory.master_weights=split");
   }
-  const bool ranks_bring_memory = machine.cuda || r.memory_device_bytes > 0;
-  for (int64_t more = 2; ranks_bring_memory && plan.mesh.P * more <= spec.N; more *= 2) {
-    recipe::Recipe wider = r;
-    wider.sequence_parallel_size = plan.mesh.P * more;
-    const Plan p = sized(wider, spec, machine, world * more, plan.max_length);
-    if (!fits(p, wider)) continue;
-    ways.push_back(fmt::format("sequence_parallel_size={} on {} ranks", wider.sequence_parallel_size, world * more));
-    break;
+  // More ranks to a sequence: of those that there are, else of as few more as do.
+  const auto wider = [&](int64_t P, int64_t ranks) {
+    recipe::Recipe with = r;
+    with.sequence_parallel_size = P;
+    return ranks % P == 0 && fits(sized(with, spec, machine, ranks, plan.max_length), with);
+  };
+  const int64_t most_ranks = machine.cuda || r.memory_device_bytes > 0 ? world * spec.N : world;  // else they bring no memory
+  for (int64_t ranks = world, found = 0; ranks <= most_ranks && found == 0; ranks *= 2) {
+    int64_t widest = plan.mesh.P;
+    while (2 * widest <= std::min(spec.N, ranks)) widest *= 2;
+    if (widest == plan.mesh.P || !wider(widest, ranks)) continue;
+    for (found = 2 * plan.mesh.P; found < widest && !wider(found, ranks);) found *= 2;
+    ways.push_back(fmt::format("sequence_parallel_size={}{}", found, ranks > world ? fmt::format(" on {} ranks", ranks) : ""));
   }
   const int64_t longest = plan.longest && plan.longest->max_length > 0 ? plan.longest->max_length : longest_that_fits(r, spec, machine, world, plan.room.device_bytes);
   if (longest > 0) ways.push_back(fmt::format("data.max_length={}", longest));
-  else ways.push_back(fmt::format("not even {} tokens fit: use more ranks or a smaller model", unit_below(r, plan.max_length)));
+  else if (ways.empty()) ways.push_back(fmt::format("not even {} tokens fit: use {}a smaller model", unit_below(r, plan.max_length), most_ranks > world ? "more ranks or " : ""));
   return fmt::format("{}", fmt::join(ways, ", or "));
+}
+
+// What ends it: what `longer`, of a length that does not fit, has too little room for.
+void describe(Longest& found, const step::Model& model, const Plan& longer, const recipe::Recipe& r, const Machine& machine) {
+  const std::optional<Short> lacks = too_small(model, longer, question(longer, r, machine), found.pricings);
+  found.limit = lacks ? lacks->tier : Tier::kDevice, found.next_length = longer.max_length;
+  if (!lacks) return;
+  const Largest largest = largest_kind(lacks->price, lacks->tier);
+  found.kind = largest.kind, found.kind_bytes = largest.bytes;
+  found.bytes = bytes_in(lacks->price, longer, lacks->tier), found.room_bytes = longer.room.of(lacks->tier);
 }
 
 }  // namespace
@@ -117,13 +153,6 @@ Largest largest_kind(const Price& price, Tier tier) {
   return most;
 }
 
-void describe(Longest& found, const Plan& plan) {
-  const Tier tier = found.limit.value_or(Tier::kDevice);
-  const Largest largest = largest_kind(plan.price, tier);
-  found.kind = largest.kind, found.kind_bytes = largest.bytes;
-  found.bytes = plan.price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0), found.room_bytes = plan.room.of(tier);
-}
-
 Longest find_longest(const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, int64_t most, int64_t unit, int64_t from) {
   Longest found;
   FitTrial trial;
@@ -134,7 +163,7 @@ Longest find_longest(const recipe::Recipe& r, const models::Spec& spec, const Ma
     plan = sized(r, spec, machine, world, n);
     return anything_that_fits(model, plan.options, question(plan, r, machine), trial);
   };
-  Plan plan, longest;
+  Plan plan;
   int64_t n = largest_about(most, unit, from, [&](int64_t tokens) { return fitting(tokens, plan).has_value(); });
   // With them, from there: down by as much as it is over, then halving between, to half a percent too.
   for (int64_t high = n + unit; n > 0 && high - found.max_length > std::max(unit - 1, found.max_length / 200);) {
@@ -145,7 +174,6 @@ Longest find_longest(const recipe::Recipe& r, const models::Spec& spec, const Ma
       part = std::min(part, 1 - static_cast<double>(least->over[t]) / static_cast<double>(least->price.total_bytes(static_cast<Tier>(t)) + (t == 0 ? plan.besides_bytes : 0)));
     if (least && *std::max_element(least->over.begin(), least->over.end()) <= 0) {
       found.max_length = n;
-      longest = std::move(plan), longest.price = std::move(least->price);
     } else {
       high = n;
     }
@@ -153,13 +181,8 @@ Longest find_longest(const recipe::Recipe& r, const models::Spec& spec, const Ma
     if (n <= found.max_length) break;
   }
   if (found.max_length > 0) {
-    if (found.max_length + unit <= most) {
-      // Where a little more fits but for its places, it is the device's.
-      const Plan longer = sized(r, spec, machine, world, std::min(most, std::max(found.max_length + unit, found.max_length / 100 * 102)));
-      const Question ask = question(longer, r, machine);
-      found.limit = anything_that_fits(model, longer.options, ask, trial) ? Tier::kDevice : short_tier(model, longer, ask, trial);
-    }
-    describe(found, longest);
+    // What ends it shows a little further on.
+    if (found.max_length + unit <= most) describe(found, model, sized(r, spec, machine, world, std::min(most, std::max(found.max_length + unit, found.max_length / 100 * 102))), r, machine);
   }
   found.pricings += trial.pricings;
   return found;
@@ -175,19 +198,14 @@ int64_t longest_that_fits(const recipe::Recipe& r, const models::Spec& spec, con
 std::string why_not(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
   const step::Model model(spec);
   const Question q = question(plan, r, machine);
-  Tier tier = Tier::kDevice;
-  for (const Tier one : {Tier::kDisk, Tier::kHost, Tier::kDevice}) {
-    if (plan.room.of(one) == 0) continue;
-    FitTrial trial;
-    const std::optional<Candidate> c = with_least(model, plan.options, q, one, trial);
-    if (!c) continue;
-    tier = one;
-    plan.options = c->options, plan.seconds = c->seconds, plan.states_words = c->words;
-    plan.price = price_with_places(model, plan.options, q.rates);
-    // More room here helps only where the device's places have none to spare.
-    if (one == Tier::kDevice || excess(plan.price, q)[0] <= 0) break;
+  int64_t pricings = 0;
+  std::optional<Short> lacks = too_small(model, plan, q, pricings);
+  const Tier tier = lacks ? lacks->tier : Tier::kDevice;
+  if (lacks) {
+    plan.options = lacks->candidate.options, plan.seconds = lacks->candidate.seconds, plan.states_words = lacks->candidate.words;
+    plan.price = std::move(lacks->price);
   }
-  const int64_t needed = plan.price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0);
+  const int64_t needed = bytes_in(plan.price, plan, tier);
   const Largest largest = largest_kind(plan.price, tier);
   // A part of a device stays free.
   const int64_t room = plan.room.of(tier), usable = tier == Tier::kDevice ? limits(q)[0] + plan.besides_bytes : room;

@@ -17,9 +17,6 @@ void choose_kept(const step::Model& model, Plan& plan, const Question& question)
 // not known.
 Longest find_longest(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, int64_t most, int64_t unit, int64_t from);
 
-// Fills in what is full at found.max_length, by the plan for it.
-void describe(Longest& found, const Plan& plan);
-
 // The kind of bytes that a tier has most of at its fullest.
 struct Largest {
   ops::Kind kind = ops::Kind::kWeights;

@@ -405,6 +405,8 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
                  "deterministic ({}): only cuDNN's attention on sm_90 and newer, with heads of a multiple of 8 columns, adds in a fixed order; remove the key, or use --device cpu", r.where("deterministic"));
   recipe::learning_rate(r.scheduler, r.optimizer.learning_rate, 0, 1);
 
+  ULY_USER_CHECK(r.micro_batch_size <= recipe::kMostTokens / plan.max_length, "micro_batch_size ({}): {} samples of up to {} tokens are more than the {} that a micro-batch may have", r.where("micro_batch_size"),
+                 format_count(r.micro_batch_size), format_count(plan.max_length), format_count(recipe::kMostTokens));
   // Where not even the shortest length fits, which samples are as short is no matter.
   int64_t longest = r.micro_batch_size * plan.max_length;
   if (facts && !(plan.longest && plan.longest->max_length == 0)) {
@@ -428,7 +430,7 @@ Plan make(const recipe::Recipe& r, const models::Spec& spec, const Machine& mach
   if (asked.longest && !plan.longest && plan.room.device_bytes > 0) {
     plan.longest = find_longest(r, spec, machine, world, kLongestAsked, 256, plan.max_length);
     // It is found to half a percent, within which this one may lie.
-    if (plan.fits && plan.longest->max_length < plan.max_length) plan.longest->max_length = plan.max_length, describe(*plan.longest, plan);
+    if (plan.fits && plan.longest->max_length < plan.max_length) plan.longest->max_length = plan.max_length;
   }
   if (!plan.fits) plan.why_not = why_not(plan, r, spec, machine, world);
   if (r.eval_interval > 0) {

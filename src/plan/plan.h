@@ -85,9 +85,11 @@ struct Line {
 // The longest data.max_length that would fit, all else as it is, and what keeps it from more.
 struct Longest {
   int64_t max_length = 0;            // 0: none fits
-  std::optional<ops::Tier> limit;    // the tier that is full there; none: the model or the search goes no further
-  ops::Kind kind = ops::Kind::kWeights;  // what that tier holds most of
-  int64_t kind_bytes = 0, bytes = 0, room_bytes = 0;
+  std::optional<ops::Tier> limit;    // the tier that is too small for more; none: the model or the search goes no further
+  int64_t next_length = 0;           // a length that does not fit
+  int64_t bytes = 0, room_bytes = 0; // what that takes of the tier, and what there is
+  ops::Kind kind = ops::Kind::kWeights;  // what it takes most for
+  int64_t kind_bytes = 0;
   int64_t pricings = 0;
 };
 

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 
 #include "base/units.h"
@@ -68,7 +69,12 @@ class Reasons {
     return best;
   }
 
-  std::string instead(double seconds) const { return seconds > 0 ? fmt::format("{:.2f} s a step instead of {:.2f}", seconds, chosen_.seconds) : "as long, as far as is known"; }
+  std::string instead(double seconds) const {
+    const double more = seconds / chosen_.seconds - 1;
+    if (seconds <= 0 || std::abs(more) < 5e-4) return "as long, as far as is known";
+    if (more < 0) return fmt::format("{:.1f} % less, too little for what more it moves", -100 * more);
+    return fmt::format("{:.2f} s a step instead of {:.2f}", seconds, chosen_.seconds);
+  }
 
   void states() {
     const Candidate& all_there = plan_.considered.front();

@@ -93,6 +93,7 @@ std::vector<Field> common_fields() {
       {.name = "max_length",
        .kind = kHumanInt,
        .min = 1,
+       .below = kMostTokens,
        .word = "auto",
        .doc = "Longest sample in tokens; by default the model's max_position_embeddings. `auto`: the longest that fits, of which the plan says what it is; a multiple of `sequence_parallel_size` times `div_length`.",
        .set = [](Recipe& r, const Json& v) { r.data.max_length = v.is_null() ? 0 : v.is_string() ? kAutoLength : v.get<int64_t>(); }},

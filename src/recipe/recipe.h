@@ -38,6 +38,7 @@ struct Source {
   Json as_given = Json::object();      // the whole mapping, defaults filled in, for `prepare`
 };
 
+inline constexpr int64_t kMostTokens = int64_t{1} << 40;  // of a micro-batch: all its sizes are far from 64 bits
 inline constexpr int64_t kAutoLength = -1;  // data.max_length: auto, the longest that fits
 
 struct Data {

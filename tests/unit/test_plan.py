@@ -68,8 +68,8 @@ def under(text, subject):
 
 def test_the_longest_that_fits_is_told_and_is_true(here):
     longest = here.facts(*H200)["longest"]
-    assert longest["limited_by"] == "host" and longest["bytes"] <= longest["room"]
-    assert under(here.text(*H200), "longest")[0].startswith(f"{longest['max_length']:,} tokens fit (data.max_length), then the host's memory is full: ")
+    assert longest["limited_by"] == "host" and longest["room"] < longest["bytes"] < 1.1 * longest["room"] and longest["largest_bytes"] <= longest["bytes"]
+    assert under(here.text(*H200), "longest")[0].startswith(f"{longest['max_length']:,} tokens fit (data.max_length), then the host's memory is too small: {longest['next_length']:,} would take ")
     assert here.facts(*H200, f"data.max_length={longest['max_length']}")["fits"]
     assert not here.facts(*H200, f"data.max_length={longest['max_length'] * 102 // 100}")["fits"]
 
@@ -130,7 +130,7 @@ def test_tiles_are_counted_to_the_last_rows(here, tile, tokens):
 
 
 def test_other_words_are_no_length(here):
-    assert here.error("data.max_length=automatic") == "command line: data.max_length: expected an integer >= 1 or auto, found 'automatic'"
+    assert here.error("data.max_length=automatic") == "command line: data.max_length: expected an integer >= 1 and < 1099511627776 or auto, found 'automatic'"
 
 
 def test_auto_does_not_change_what_is_prepared(tmp_path):
@@ -206,9 +206,10 @@ def test_an_imagined_cpu(here):
     (["--gpus", "0"], "--gpus: expected at least 1, found 0"),
     (["--gpus", "4", "--nodes", "3"], "--nodes: expected a divisor of 4 GPUs, found 3"),
     (["--gpus", "4", "sequence_parallel_size=3"], "sequence_parallel_size (command line): expected a divisor of 4 ranks, found 3"),
-    (["--gpu-memory", "many"], "--gpu-memory: expected a size such as 80GiB, found 'many'"),
-    (["--host-memory", "0"], "--host-memory: expected a size such as 80GiB, found '0'"),
-    (["--gpu", "H100", "--disk", "-1GiB"], "--disk: expected a size such as 80GiB, found '-1GiB'"),
+    (["--gpu-memory", "many"], "--gpu-memory: expected a size of at least 1MiB, such as 80GiB, found 'many'"),
+    (["--host-memory", "64"], "--host-memory: expected a size of at least 1MiB, such as 80GiB, found '64'"),
+    (["--host-memory", "0"], "--host-memory: expected a size of at least 1MiB, such as 80GiB, found '0'"),
+    (["--gpu", "H100", "--disk", "-1GiB"], "--disk: expected a size of at least 1MiB, such as 80GiB, found '-1GiB'"),
     (["--gpu", "H100", "--device", "cpu"], "--device cpu: expected no --gpu"),
     (["--gpu", "H100", "--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
     (["--gpu", "H100", "model.dtype=fp32"], "model.dtype (command line): attention on a GPU computes in bf16: expected bf16, or --device cpu"),
@@ -274,6 +275,20 @@ def test_a_disk_in_memory_is_told(here):
     assert said in here.text("--device", "cpu", "memory.disk=/dev/shm") and said not in here.text("--device", "cpu", "memory.disk=.")
 
 
+def test_lengths_beyond_reason_are_refused_at_once(here):
+    assert here.error("data.max_length=9223372036854775807") == "command line: data.max_length: expected an integer >= 1 and < 1099511627776 or auto, found 9223372036854775807"
+    assert here.error(*H200, "micro_batch_size=1e9", "data.max_length=1e6").startswith("micro_batch_size (command line): 1,000,000,000 samples of up to 1,000,000 tokens are more than ")
+    assert not here.facts(*H200, "data.max_length=1e12")["fits"] and not here.facts("--device", "cpu", "data.max_length=1e12")["fits"]
+
+
+def test_ranks_that_are_there_are_advised_before_more(here):
+    eight = ["--gpu", "H100", "--gpus", "8", "data.max_length=4M"]
+    advised = re.search(r"; sequence_parallel_size=(\d+), or", here.text(*eight))[1]
+    assert here.facts(*eight, f"sequence_parallel_size={advised}")["fits"]
+    more = re.search(r"; sequence_parallel_size=(\d+) on (\d+) ranks, or", here.text(*eight, "data.max_length=20M"))
+    assert int(more[2]) > 8 and here.facts("--gpu", "H100", "--gpus", more[2], "--nodes", str(int(more[2]) // 8), "data.max_length=20M", f"sequence_parallel_size={more[1]}")["fits"]
+
+
 # --- why
 
 
@@ -325,9 +340,10 @@ def test_a_comparison_of_nothing_is_refused(here, arguments, said):
     assert here.error(*H200, *arguments) == said
 
 
-def test_a_key_that_is_none_is_refused_in_its_row(here):
-    (row,) = here.facts(*H200, "--compare", "data.max_lenght=1k")
-    assert row["refused"] == "command line: unknown key 'data.max_lenght'; did you mean 'data.max_length'?"
+def test_what_is_refused_is_so_in_its_row_and_alone_altogether(here):
+    one, other = here.facts(*H200, "--compare", "data.max_length=1k,never")
+    assert not one["refused"] and other["refused"] == "command line: data.max_length: expected an integer >= 1 and < 1099511627776 or auto, found 'never'"
+    assert here.error(*H200, "--compare", "data.max_lenght=1k,2k") == "command line: unknown key 'data.max_lenght'; did you mean 'data.max_length'?"
 
 
 # --- when
