@@ -191,7 +191,7 @@ std::string why_not(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
   const Largest largest = largest_kind(plan.price, tier);
   // A part of a device stays free.
   const int64_t room = plan.room.of(tier), usable = tier == Tier::kDevice ? limits(q)[0] + plan.besides_bytes : room;
-  const std::string of_it = needed <= room && needed > usable ? fmt::format(", {} of it for a plan", format_bytes(usable)) : "";
+  const std::string of_it = usable < room ? fmt::format(", {} of it for a plan", format_bytes(usable)) : "";
   const bool in_group = machine.in_group && (tier == Tier::kDevice ? !machine.cuda && r.memory_device_bytes == 0 : tier == Tier::kHost && r.memory_host_bytes == 0);
   const std::string who = tier == Tier::kDevice && machine.cuda ? "on each GPU" : plan.mesh.W == 1 ? "for the one rank" : "for each rank";
   return fmt::format("{}needs {} {}, {} free{}{}: {} are {}; {}", tier == Tier::kDevice ? "" : tier == Tier::kHost ? "host memory: " : "disk: ", format_bytes(needed), who, format_bytes(room), in_group ? " in this control group" : "", of_it, format_bytes(largest.bytes),
