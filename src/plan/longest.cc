@@ -184,8 +184,8 @@ std::string why_not(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
     tier = one;
     plan.options = c->options, plan.seconds = c->seconds, plan.states_words = c->words;
     plan.price = price_with_places(model, plan.options, q.rates);
-    // More room here helps only where the device's places have none to spare.
-    if (one == Tier::kDevice || excess(plan.price, q)[0] <= 0) break;
+    // More room here helps only where the device has what its places take with their gaps.
+    if (one == Tier::kDevice || plan.room.device_bytes == 0 || total_bytes(plan) <= plan.room.device_bytes) break;
   }
   const int64_t needed = plan.price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0);
   const Largest largest = largest_kind(plan.price, tier);
