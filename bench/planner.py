@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """The plan against what runs take: bytes, and seconds where the machine is idle, over sizes, lengths, ranks, tiers and dtypes on the CPU.
 
-Each configuration is planned (`ulysses plan --json`), then trained for a few steps from random weights on random tokens. What the plan
-leaves to program, libraries and ATen is one figure a rank and dtype: the mean over the configurations that are not held out; the others
-are predicted with it. Where a disk is used its ring in host memory counts too. Measured is what is not mapped from files (RssAnon), of all
-ranks together, at its highest; mapped file pages are stated apart. Seconds need `ulysses doctor --measure` before, and an idle machine.
+Each configuration is planned (`ulysses plan --json`), then trained for a few steps from random weights on random tokens. Predicted is
+what the plan prices, program, libraries and what ATen allocates among it. Measured is what is not mapped from files (RssAnon), of all ranks
+together, at its highest, and once the file pages that they map. Seconds need `ulysses doctor --measure` before, and an idle machine.
 
 usage: bench/planner.py [--build build] [--seconds] [--only WORD] [--no-rows]
 """
@@ -28,7 +27,6 @@ from safetensors.numpy import save_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MIB = 1 << 20
-RING_BYTES = 64 * MIB
 RATES = pathlib.Path(os.environ.get("ULYSSES_RATES") or pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or pathlib.Path.home() / ".config") / "ulysses" / "rates.json")
 SIZES = {
     "small": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4, vocab_size=24000),
@@ -36,7 +34,7 @@ SIZES = {
     "wide": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=8, vocab_size=16000),
 }
 SPLIT = "memory.master_weights=split"
-# Size, length, ranks, tier (and how much of what a resident run takes the device has), keys. The second of each pair is held out.
+# Size, length, ranks, tier (and how much of what a resident run takes the device has), keys.
 CONFIGURATIONS = [
     ("small", 512, 1, None, []), ("small", 1536, 1, None, []),
     ("small", 4096, 1, None, []), ("deep", 3072, 1, None, []),
@@ -80,10 +78,10 @@ def plan(build, folder, keys, rates):
 
 def room_for(build, folder, keys, tier, rates):
     """Room on the device with which the plan puts a good part into the tier."""
-    total = plan(build, folder, keys, rates)["bytes"]["total"]
     beside = {"host": "memory.host=8GiB", "disk": f"memory.disk={folder}/scratch"}[tier]
-    for percent in range(115, 40, -5):
-        room = [*keys, f"memory.device={total * percent // 100}", beside]
+    priced = plan(build, folder, [*keys, beside], rates)["bytes"]
+    for percent in range(92, 32, -4):
+        room = [*keys, f"memory.device={(priced['libraries'] + (priced['total'] - priced['libraries']) * percent // 100) * 20 // 19}", beside]
         found = plan(build, folder, room, rates)
         if found["fits"] and found[f"{tier}_bytes"] * 5 > found["bytes"]["total"]:
             return room
@@ -104,7 +102,7 @@ def resident(pid):
 
 
 def train(build, folder, ranks, keys, rates):
-    """Returns the peak of all ranks together, their mapped file pages, and the median seconds of a micro-batch."""
+    """Returns the peak of all ranks together, the mapped file pages of one, and the median seconds of a micro-batch."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -117,7 +115,7 @@ def train(build, folder, ranks, keys, rates):
     peak = files = 0
     while any(process.poll() is None for process in processes):
         figures = [resident(process.pid) for process in processes]
-        peak, files = max(peak, sum(a for a, _ in figures)), max(files, sum(f for _, f in figures))
+        peak, files = max(peak, sum(a for a, _ in figures)), max(files, *(f for _, f in figures))
         time.sleep(0.004)
     if any(process.returncode != 0 for process in processes):
         sys.exit("".join((folder / f"said.{rank}").read_text() for rank in range(ranks)))
@@ -136,7 +134,7 @@ def main():
         sys.exit(f"load {os.getloadavg()[0]:.1f}: seconds need an idle machine")
     run = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
     found = []
-    for i, (size, length, ranks, tier, keys) in enumerate(CONFIGURATIONS):
+    for size, length, ranks, tier, keys in CONFIGURATIONS:
         name = " ".join([size, str(length), f"P{ranks}", tier or "resident", *keys])
         if args.only not in name:
             continue
@@ -151,27 +149,21 @@ def main():
             peak, files, seconds = train(args.build, folder, ranks, keys, args.seconds)
         finally:
             shutil.rmtree(folder)
-        priced = ranks * (facts["bytes"]["total"] + facts["host_bytes"] + (min(RING_BYTES, facts["disk_bytes"]) if facts["disk_bytes"] else 0))
+        priced = ranks * (facts["bytes"]["total"] + facts["host_bytes"])
         said = facts.get("time", {}).get("step_seconds")
-        found.append(dict(name=name, size=size, length=length, ranks=ranks, tier=tier, keys=[k.replace(str(folder), "FOLDER") for k in keys], kind="bf16" if "model.dtype=bf16" in keys else "fp32", held_out=i % 2 == 1,
+        found.append(dict(name=name, size=size, length=length, ranks=ranks, tier=tier, keys=[k.replace(str(folder), "FOLDER") for k in keys],
                           priced=priced, peak=peak, files=files, disk=facts["disk_bytes"] * ranks, predicted_seconds=said, seconds=seconds))
-        print(f"{name:<60} priced {priced / MIB:8.1f} MiB, not mapped from files {peak / MIB:8.1f}, besides {(peak - priced) / ranks / MIB:6.1f} a rank; mapped {files / MIB:6.1f}", flush=True)
-    besides = {kind: statistics.mean((f["peak"] - f["priced"]) / f["ranks"] for f in found if f["kind"] == kind and not f["held_out"]) for kind in {f["kind"] for f in found if not f["held_out"]}}
+        measured = peak + files
+        print(f"{name:<60} priced {priced / MIB:8.1f} MiB, measured {measured / MIB:8.1f}, {files / MIB:6.1f} of it mapped from files {100 * (priced / measured - 1):+6.2f} %", flush=True)
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     rows = []
     for f in found:
-        if f["kind"] not in besides:
-            continue
-        row = dict(run=run, system="ulysses", length=f["length"], size=f["size"], ranks=f["ranks"], tier=f["tier"] or "resident", held_out=f["held_out"])
+        row = dict(run=run, system="ulysses", length=f["length"], size=f["size"], ranks=f["ranks"], tier=f["tier"] or "resident")
         end = dict(keys=f["keys"], command="bench/planner.py", machine=machine, date=datetime.date.today().isoformat())
-        predicted = f["priced"] + f["ranks"] * besides[f["kind"]]
-        rows.append(dict(**row, what="bytes of all ranks but mapped files, MiB: arenas as priced and what is besides, and the highest RssAnon", predicted=round(predicted / MIB, 1), measured=round(f["peak"] / MIB, 1),
-                         priced=round(f["priced"] / MIB, 1), mapped_files=round(f["files"] / MIB, 1), **end))
-        print(f"{f['name']:<60} {'held out' if f['held_out'] else '':<9} {predicted / MIB:8.1f} {f['peak'] / MIB:8.1f} MiB {100 * (predicted / f['peak'] - 1):+6.2f} %")
+        rows.append(dict(**row, what="bytes of all ranks, MiB: as priced, and the highest RssAnon with mapped files once", predicted=round(f["priced"] / MIB, 1), measured=round((f["peak"] + f["files"]) / MIB, 1), mapped_files=round(f["files"] / MIB, 1), **end))
         if args.seconds and f["predicted_seconds"]:
             rows.append(dict(**row, what="seconds of a step", predicted=round(f["predicted_seconds"], 4), measured=round(f["seconds"], 4), **end))
-            print(f"{'':<70} {f['predicted_seconds']:8.3f} {f['seconds']:8.3f} s   {100 * (f['predicted_seconds'] / f['seconds'] - 1):+6.1f} %")
-    print("besides, a rank: " + ", ".join(f"{kind} {value / MIB:.1f} MiB" for kind, value in sorted(besides.items())))
+            print(f"{f['name']:<60} {f['predicted_seconds']:8.3f} {f['seconds']:8.3f} s   {100 * (f['predicted_seconds'] / f['seconds'] - 1):+6.1f} %")
     if not args.no_rows:
         with open(ROOT / "bench" / "results" / "planner.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -77,4 +77,13 @@ HostMemory host_memory(const std::string& root) {
   return m;
 }
 
+int64_t own_bytes(const std::string& root) {
+  std::ifstream file(root + "/proc/self/status");
+  int64_t sum = 0;
+  for (std::string line; std::getline(file, line);)
+    for (const std::string key : {"RssAnon:", "RssShmem:"})
+      if (line.starts_with(key)) sum += std::stoll(line.substr(key.size())) * 1024;
+  return sum;
+}
+
 }  // namespace uly

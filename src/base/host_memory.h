@@ -15,4 +15,7 @@ struct HostMemory {
 // `root` lies before /proc and /sys: "" but in tests.
 HostMemory host_memory(const std::string& root = "");
 
+// What this process has of it that is not mapped from files: it is not free, and its own.
+int64_t own_bytes(const std::string& root = "");
+
 }  // namespace uly

@@ -80,8 +80,18 @@ int64_t attention_grad_workspace_bytes(const AttentionSchedule& s, const Heads& 
   return std::max(cudnn_grad_bytes(n, H, queries, keys) + blocks, cudnn_grad_bytes(n, H, shared, shared)) + dp;
 }
 
-int64_t attention_besides_bytes(const AttentionSchedule& s, const Heads& heads, int64_t S) {
-  if (s.backend != AttentionBackend::kFlash) return 0;
+int64_t attention_besides_bytes(const AttentionSchedule& s, const Heads& heads, int64_t S, Dtype dtype) {
+  if (s.backend == AttentionBackend::kCudnn) return 0;
+  if (s.backend == AttentionBackend::kCpu) {
+    // The backward's: the gradient that comes in, contiguous, and those of queries, keys and values for every query head of a span; where
+    // query heads share keys, the sum of one of the latter in fp32, and in bf16 an fp32 copy of what is summed.
+    int64_t most = 0;
+    for (const HeadSpan& span : head_spans(heads, INT64_MAX)) {
+      const int64_t sums = span.queries == 1 ? 0 : span.groups * kF32 + (dtype == Dtype::kBf16 ? span.n() * kF32 : 0);
+      most = std::max(most, (4 * span.n() * bytes_of(dtype) + sums) * heads.H);
+    }
+    return S * most;
+  }
   // The backward's: gradients of the queries in fp32 and of queries, keys and values in bf16, the latter two for every query
   // head as well, and a number a row; of heads that it does not take, padded copies of all that it reads.
   const int64_t n = heads.n, k = heads.k, H = round_up(heads.H, 8);

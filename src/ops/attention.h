@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/dtype.h"
 #include "base/shapes.h"
 
 namespace uly::ops {
@@ -59,9 +60,9 @@ int64_t shared_tokens(const AttentionSchedule& schedule, int64_t S);
 int64_t attention_workspace_bytes(const AttentionSchedule& schedule, const Heads& heads, int64_t S);
 int64_t attention_grad_workspace_bytes(const AttentionSchedule& schedule, const Heads& heads, int64_t S);
 
-// Bytes that flash attention allocates besides its results' buffers, about; 0 for the others. Documents of less than a few
-// hundred tokens take more: it rounds each up to 128 tokens.
-int64_t attention_besides_bytes(const AttentionSchedule& schedule, const Heads& heads, int64_t S);
+// Bytes that ATen's attention allocates besides its results' buffers: on a GPU over S tokens, about (documents of less than a few
+// hundred tokens take more: it rounds each up to 128 tokens), on the CPU over one document of S. 0 for cuDNN.
+int64_t attention_besides_bytes(const AttentionSchedule& schedule, const Heads& heads, int64_t S, Dtype dtype);
 
 // Bytes of the table of documents that a sequence of S tokens may need at most on a GPU; 0 on the CPU.
 int64_t document_table_bytes(const AttentionSchedule& schedule, int64_t S);

@@ -661,9 +661,9 @@ class Search {
 }  // namespace
 
 Bytes limits(const Question& q) {
-  // Of a GPU a hundredth stays free: nobody else comes there, and what is not kept costs time. On the CPU the machine's other
-  // work and ATen need a fifth.
-  const double part = q.cuda ? 0.99 : 0.8;
+  // Of a GPU a hundredth stays free: nobody else comes there, and what is not kept costs time. On the CPU a twentieth: what is priced
+  // beside the program is known to a few percent, and the kernel takes some for page tables.
+  const double part = q.cuda ? 0.99 : 0.95;
   return {q.room.device_bytes > 0 ? static_cast<int64_t>(part * static_cast<double>(q.room.device_bytes)) - q.besides_bytes : INT64_MAX, q.room.host_bytes, q.room.disk_bytes};
 }
 
@@ -718,8 +718,8 @@ Price price_with_places(const step::Model& model, const step::Options& options, 
 
 Bytes excess(const Price& price, const Question& q) {
   Bytes over{};
-  for (size_t t = 0; t < over.size(); ++t) over[t] = price.total_bytes(static_cast<Tier>(t)) - q.room.of(static_cast<Tier>(t));
-  over[0] = q.room.device_bytes > 0 ? over[0] + q.besides_bytes : 0;
+  const Bytes most = limits(q);
+  for (size_t t = 0; t < over.size(); ++t) over[t] = price.total_bytes(static_cast<Tier>(t)) - most[t];
   return over;
 }
 

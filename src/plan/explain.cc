@@ -229,7 +229,7 @@ void Writer::memory(const Machine& machine) {
   const TierPrice& p = price.of(ops::Tier::kDevice);
   const int64_t total = total_bytes(plan_);
   Json kinds = Json::object();
-  const std::string besides = plan_.besides_bytes > 0 ? fmt::format(" + {} for libraries", format_bytes(plan_.besides_bytes)) : "";
+  const std::string besides = plan_.besides_bytes > 0 ? fmt::format(" + {} for {}", format_bytes(plan_.besides_bytes), machine.cuda ? "libraries" : "program and libraries") : "";
   line("memory", "{} for {}: {} between steps + {} within one, most at {}{}", format_bytes(total), plan_.mesh.W == 1 ? "the one rank" : "each rank", format_bytes(p.run_bytes),
        format_bytes(price.step_places.of(ops::Tier::kDevice)), p.peak_where, besides);
   if (!machine.gpu_words.empty()) line("", "of {}: {} free", machine.gpu_words, format_bytes(machine.gpu_free_bytes));
@@ -242,8 +242,11 @@ void Writer::memory(const Machine& machine) {
     if (const int64_t free = free_scratch_bytes(r_); r_.memory_disk_bytes > free) line("", "memory.disk_size ({}): {}, of which {} are free there", r_.where("memory.disk_size"), format_bytes(r_.memory_disk_bytes), format_bytes(free));
   for (const std::string& folder : r_.memory_disk_folders)
     if (!machine.imagined && is_in_memory(folder)) line("", "memory.disk ({}): {} is a file system in memory and no disk: what lies there takes host memory besides the plan's", r_.where("memory.disk"), folder);
-  if (machine.cuda && machine.memory_bytes > 0 && r_.memory_host_bytes > machine.memory_bytes)
-    line("", "memory.host ({}): {}, of which {} are free here", r_.where("memory.host"), format_bytes(r_.memory_host_bytes), format_bytes(machine.memory_bytes));
+  const int64_t ranks = ranks_on_machine(machine, plan_.mesh.W);
+  if (r_.memory_device_bytes > plan_.room.device_bytes)
+    line("", "memory.device ({}): {}, of which {} are free here{}", r_.where("memory.device"), format_bytes(r_.memory_device_bytes), format_bytes(plan_.room.device_bytes), machine.cuda ? " on each GPU" : ranks > 1 ? " for each rank" : "");
+  if (r_.memory_host_bytes / ranks > plan_.room.host_bytes)
+    line("", "memory.host ({}): {}, of which {} are free here{}", r_.where("memory.host"), format_bytes(r_.memory_host_bytes), format_bytes(plan_.room.host_bytes * ranks), machine.cuda ? "" : " beside the device's");
   facts()["host_bytes"] = price.total_bytes(ops::Tier::kHost), facts()["disk_bytes"] = price.total_bytes(ops::Tier::kDisk);
   for (int k = 0; k < ops::kNumKinds; ++k) {
     const size_t i = static_cast<size_t>(k);

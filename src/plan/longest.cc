@@ -31,6 +31,8 @@ int64_t largest_about(int64_t most, int64_t unit, int64_t from, Fits&& fits) {
   return low;
 }
 
+int64_t bytes_in(const Price& price, const Plan& plan, Tier tier) { return price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0); }
+
 // The first of disk, host and device with too little room for `plan`, which does not fit, where the others have enough; and what has
 // least in that tier. Nothing where no tier alone is too small.
 struct Short {
@@ -55,13 +57,11 @@ std::optional<Short> too_small(const step::Model& model, const Plan& plan, const
     if (!c) continue;
     Price price = price_with_places(model, c->options, q.rates);
     found = Short{tier, std::move(*c), std::move(price)};
-    // More room here helps only where the device's places have none to spare.
-    if (tier == Tier::kDevice || excess(found->price, q)[0] <= 0) break;
+    // More room here helps only where the device has what its places take with their gaps.
+    if (tier == Tier::kDevice || plan.room.device_bytes == 0 || bytes_in(found->price, plan, Tier::kDevice) <= plan.room.device_bytes) break;
   }
   return found;
 }
-
-int64_t bytes_in(const Price& price, const Plan& plan, Tier tier) { return price.total_bytes(tier) + (tier == Tier::kDevice ? plan.besides_bytes : 0); }
 
 const char* kind_words(ops::Kind kind) { return kind == ops::Kind::kOptimizer ? "optimizer states" : ops::name_of(kind); }
 
@@ -209,7 +209,7 @@ std::string why_not(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
   const Largest largest = largest_kind(plan.price, tier);
   // A part of a device stays free.
   const int64_t room = plan.room.of(tier), usable = tier == Tier::kDevice ? limits(q)[0] + plan.besides_bytes : room;
-  const std::string of_it = needed <= room && needed > usable ? fmt::format(", {} of it for a plan", format_bytes(usable)) : "";
+  const std::string of_it = usable < room ? fmt::format(", {} of it for a plan", format_bytes(usable)) : "";
   const bool in_group = machine.in_group && (tier == Tier::kDevice ? !machine.cuda && r.memory_device_bytes == 0 : tier == Tier::kHost && r.memory_host_bytes == 0);
   const std::string who = tier == Tier::kDevice && machine.cuda ? "on each GPU" : plan.mesh.W == 1 ? "for the one rank" : "for each rank";
   return fmt::format("{}needs {} {}, {} free{}{}: {} are {}; {}", tier == Tier::kDevice ? "" : tier == Tier::kHost ? "host memory: " : "disk: ", format_bytes(needed), who, format_bytes(room), in_group ? " in this control group" : "", of_it, format_bytes(largest.bytes),

@@ -26,7 +26,7 @@ std::string processor_name() {
 
 }  // namespace
 
-Machine this_machine(bool cuda, int64_t gpus) {
+Machine this_machine(bool cuda, int64_t gpus, int64_t own_bytes) {
   Machine m;
   m.cuda = cuda;
   m.gpus = gpus;
@@ -37,7 +37,7 @@ Machine this_machine(bool cuda, int64_t gpus) {
   }
   m.processor = processor_name();
   const HostMemory memory = host_memory();
-  m.memory_bytes = memory.obtainable_bytes, m.in_group = memory.in_group;
+  m.memory_bytes = memory.obtainable_bytes > 0 ? memory.obtainable_bytes + own_bytes : 0, m.in_group = memory.in_group;
   m.words = fmt::format("{} core{}, {} of memory free{}", m.cores, m.cores == 1 ? "" : "s", format_bytes(m.memory_bytes), m.in_group ? " in this control group" : "");
   return m;
 }

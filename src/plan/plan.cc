@@ -47,12 +47,11 @@ step::Mesh make_mesh(const recipe::Recipe& r, const models::Spec& spec, int64_t 
 // What CUDA, cuBLAS, cuDNN and this program's own kernels take of a GPU by being loaded (bench/results/planner.jsonl).
 constexpr int64_t kLibraryBytes = 640 * kMiB;
 
-// Bytes one rank may use: memory.device of the recipe, or an equal part of what the machine has free.
-int64_t budget(const recipe::Recipe& r, const Machine& machine, int64_t world) {
-  if (r.memory_device_bytes > 0) return r.memory_device_bytes;
-  if (machine.cuda) return machine.gpu_free_bytes / machine.gpu_ranks;  // 0 where it is not known
-  return machine.memory_bytes / world;
-}
+// What ranks on the CPU take of memory beside the program's buffers (bench/planner.py): the files of program and libraries, once for
+// a machine; what a rank allocates by running; a thread's part of MKL's buffers for packed factors, and the one that all share: 3/8
+// of the largest factor, up to so much.
+constexpr int64_t kMappedBytes = 66 * kMiB, kProcessBytes = 60 * kMiB, kThreadBytes = 8 * kMiB, kPackedBytes = 44 * kMiB;
+constexpr int64_t kRingBytes = 64 * kMiB;  // through which the disk is reached: engine/disk_tier.h
 
 // cuDNN has fast kernels on sm_90 and newer; a GPU that is not known is taken to be one.
 bool is_fast_with_cudnn(const Machine& machine) { return machine.gpu_major == 0 || machine.gpu_major >= 9; }
@@ -156,14 +155,48 @@ void load_data(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, co
 // What the process itself has of the host's memory beside its arenas: torch, CUDA's and cuDNN's own, the data's pages.
 constexpr int64_t kHostProcessBytes = int64_t{4} << 30;
 
-// What one rank may use. On the CPU all is host memory: a tier of its own only where the recipe says so.
-Room room(const recipe::Recipe& r, const Machine& machine, int64_t world, int64_t device_bytes) {
-  Room room{.device_bytes = device_bytes};
-  const int64_t ranks = ranks_on_machine(machine, world);
-  if (r.memory_host_bytes > 0) room.host_bytes = r.memory_host_bytes / ranks;
-  else if (machine.cuda && machine.memory_bytes > 0) room.host_bytes = std::max<int64_t>(0, machine.memory_bytes / 100 * 96 / ranks - kHostProcessBytes);
-  room.disk_bytes = (machine.disk_bytes > 0 ? machine.disk_bytes : scratch_bytes(r)) / ranks;
+// What one rank may use: what the recipe says as far as it is free, else what is. Of the device 0 where that is not known. On the CPU all
+// is host memory: a tier of its own only where the recipe says so, of what the device leaves.
+Room room(const recipe::Recipe& r, const Machine& machine, int64_t world) {
+  const auto capped = [](int64_t asked, int64_t free) { return free > 0 ? std::min(asked, free) : asked; };
+  const int64_t ranks = ranks_on_machine(machine, world), memory = machine.memory_bytes / ranks, host = r.memory_host_bytes / ranks;
+  Room room;
+  if (machine.cuda) {
+    const int64_t free = machine.gpu_free_bytes / machine.gpu_ranks;
+    room.device_bytes = r.memory_device_bytes > 0 ? capped(r.memory_device_bytes, free) : free;
+    if (r.memory_host_bytes > 0) room.host_bytes = capped(host, memory);
+    else if (memory > 0) room.host_bytes = std::max<int64_t>(0, machine.memory_bytes / 100 * 96 / ranks - kHostProcessBytes);
+  } else if (r.memory_device_bytes > 0) {
+    room.device_bytes = capped(r.memory_device_bytes, memory);
+    room.host_bytes = memory > 0 ? std::min(host, memory - room.device_bytes) : host;
+  } else {
+    room.host_bytes = memory > 0 ? std::min(host, memory / 2) : host;
+    room.device_bytes = memory > 0 ? memory - room.host_bytes : 0;
+  }
+  const int64_t disk = machine.disk_bytes > 0 ? capped(machine.disk_bytes, r.memory_disk_bytes) : machine.imagined && r.memory_disk_bytes > 0 ? r.memory_disk_bytes : scratch_bytes(r);
+  room.disk_bytes = disk / ranks;
   return room;
+}
+
+// Of fp32 copies and results in which the CPU computes products in bf16, the most that are there at once.
+int64_t product_copies_bytes(const models::Spec& spec, const step::Options& o) {
+  static constexpr int64_t kRowsAtOnce = 2048;  // see engine/cpu/linear.cc
+  const auto bytes = [](int64_t rows, int64_t out, int64_t in, bool adds) { return (out * in + std::min(rows, kRowsAtOnce) * (in + (adds ? 2 : 1) * out)) * bytes_of(Dtype::kF32); };
+  return std::max({bytes(o.loss_tile, spec.V, spec.D, false), bytes(o.mlp_tile, 2 * spec.F, spec.D, false), bytes(o.mlp_tile, spec.D, spec.F, true), bytes(o.s, spec.qkv_columns(), spec.D, false), bytes(o.s, spec.D, spec.query_columns(), true)});
+}
+
+// Beside the program's buffers, on the CPU.
+int64_t cpu_besides_bytes(const Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world, const ops::Heads& heads) {
+  const step::Options& o = plan.options;
+  const int64_t ranks = ranks_on_machine(machine, world), threads = std::max<int64_t>(1, machine.cores / ranks);
+  int64_t longest = plan.max_length;  // document; samples may be kept whole
+  for (const Packed* data : {&plan.train, &plan.eval})
+    if (*data) longest = std::max(longest, data->packs->longest_document);
+  const int64_t attention = ops::attention_besides_bytes(o.attention, heads, std::min(longest, o.S()), o.dtype);
+  const int64_t products = o.dtype == Dtype::kBf16 ? product_copies_bytes(spec, o) : 0;
+  const int64_t packed = threads * kThreadBytes + std::min(spec.V * spec.D * bytes_of(Dtype::kF32) / 8 * 3, kPackedBytes);
+  const int64_t ring = machine.disk_bytes > 0 || !r.memory_disk_folders.empty() ? kRingBytes : 0;
+  return kMappedBytes / ranks + kProcessBytes + packed + std::max(attention, products) + ring;
 }
 
 // All but what is kept.
@@ -186,8 +219,9 @@ void choose_options(Plan& plan, const recipe::Recipe& r, const models::Spec& spe
   o.attention = attention_schedule(r, machine, most, o.S());
   if (o.exchange) o.attention.document_share = plan.document_share;
 
-  plan.room = room(r, machine, world, budget(r, machine, world));
-  if (machine.cuda) plan.besides_bytes = kLibraryBytes + (choose_exchanges(machine, world).nccl ? nccl_bytes(o.mesh) : 0) + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(widest_summed_columns(spec)) + ops::attention_besides_bytes(o.attention, most, o.S());
+  plan.room = room(r, machine, world);
+  if (!machine.cuda) plan.besides_bytes = cpu_besides_bytes(plan, r, spec, machine, world, most);
+  else plan.besides_bytes = kLibraryBytes + (choose_exchanges(machine, world).nccl ? nccl_bytes(o.mesh) : 0) + ops::kGemmWorkspaceBytes + ops::kernel_scratch_bytes(widest_summed_columns(spec)) + ops::attention_besides_bytes(o.attention, most, o.S(), o.dtype);
 }
 
 void check_disk(const recipe::Recipe& r, const Machine& machine) {
@@ -204,7 +238,7 @@ void check_disk(const recipe::Recipe& r, const Machine& machine) {
 // data.max_length: auto. Depends on what all ranks have alike, not on the data.
 int64_t auto_length(Plan& plan, const recipe::Recipe& r, const models::Spec& spec, const Machine& machine, int64_t world) {
   const int64_t unit = plan.mesh.P * r.data.div_length;
-  ULY_USER_CHECK(budget(r, machine, world) > 0, "data.max_length ({}): auto needs to know how much memory there is: give it with memory.device, or a length", r.where("data.max_length"));
+  ULY_USER_CHECK(room(r, machine, world).device_bytes > 0, "data.max_length ({}): auto needs to know how much memory there is: give it with memory.device, or a length", r.where("data.max_length"));
   plan.longest = find_longest(r, spec, machine, world, kLongestAsked, unit, std::max<int64_t>(spec.max_positions, unit));
   return std::max(plan.longest->max_length, unit);
 }
@@ -296,7 +330,11 @@ bool is_in_memory(const std::string& folder) {
   return ::statfs(folder.c_str(), &about) == 0 && (about.f_type == TMPFS_MAGIC || about.f_type == RAMFS_MAGIC);
 }
 
-int64_t scratch_bytes(const recipe::Recipe& r) { return r.memory_disk_folders.empty() ? 0 : r.memory_disk_bytes > 0 ? r.memory_disk_bytes : free_scratch_bytes(r); }
+int64_t scratch_bytes(const recipe::Recipe& r) {
+  if (r.memory_disk_folders.empty()) return 0;
+  const int64_t free = free_scratch_bytes(r);
+  return r.memory_disk_bytes > 0 ? std::min(r.memory_disk_bytes, free) : free;
+}
 
 int64_t ranks_on_machine(const Machine& machine, int64_t world) {
   if (machine.local_ranks > 0) return machine.local_ranks;

@@ -51,8 +51,9 @@ struct Machine {
   std::string gpu_foreign_words;                    // "GPU 0: 5.8 GiB belong to process 4411"; "" where they are ours alone
 };
 
-// Reads /proc and the control group; says nothing of what a GPU has. `gpus` comes from launch.
-Machine this_machine(bool cuda, int64_t gpus);
+// Reads /proc and the control group; says nothing of what a GPU has. `gpus` comes from launch. `own_bytes`: of memory that is not free,
+// what this machine's ranks hold already, which a plan counts as theirs.
+Machine this_machine(bool cuda, int64_t gpus, int64_t own_bytes = 0);
 
 // Fills in what the plan has to know of the GPUs that ranks will use, at least one: the least that any has. Returns the one
 // that has least free.
@@ -105,7 +106,7 @@ struct Plan {
   int64_t planned_length = 0; // tokens of the longest micro-batch that can occur, padded: what is priced
   step::Options options;      // for planned_length
   Price price;                // of the costliest rank
-  int64_t besides_bytes = 0;  // on a GPU: libraries and their workspace, beside what the program has
+  int64_t besides_bytes = 0;  // of the device: this program, libraries and what they allocate, beside what the step's program has
   Room room;                  // for one rank; of the device 0 where the machine is not known
   int64_t micro_batches = 1;  // of a step
   double seconds = 0;         // of a step; 0 where no rates are known
@@ -155,7 +156,7 @@ inline constexpr int64_t kLongestAsked = int64_t{1} << 27;
 int64_t longest_that_fits(const recipe::Recipe& recipe, const models::Spec& spec, const Machine& machine, int64_t world, int64_t budget_bytes);
 
 // Nine tenths of what memory.disk's folders have free that are used in turn: as much on each as on the fullest, and a disk's room
-// once where several lie on it; and what all ranks of a machine may use there: memory.disk_size, else as much. 0 without folders.
+// once where several lie on it; and what all ranks of a machine may use there: as much, at most memory.disk_size. 0 without folders.
 int64_t free_scratch_bytes(const recipe::Recipe& recipe);
 bool is_in_memory(const std::string& folder);  // on a tmpfs
 int64_t scratch_bytes(const recipe::Recipe& recipe);

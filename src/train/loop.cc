@@ -441,7 +441,7 @@ void say_memory(Session& s, int64_t before, bool cuda) {
   }
   const int64_t priced = s.plan().price.of(ops::Tier::kDevice).run_bytes, used = s.engine().peak_placed_bytes(), peak = memory::peak_resident_bytes();
   const int64_t away = s.engine().held_bytes()[static_cast<size_t>(ops::Tier::kHost)];
-  say("memory: {} at most = {} program and libraries + {} between steps + {} within one ({} priced){} + {} that libraries allocated", format_bytes(peak), format_bytes(before), format_bytes(priced), format_bytes(used),
+  say("memory: {} at most, {} planned = {} program and libraries + {} between steps + {} within one ({} priced){} + {} that libraries allocated", format_bytes(peak), format_bytes(plan::total_bytes(s.plan()) + s.plan().price.total_bytes(ops::Tier::kHost)), format_bytes(before), format_bytes(priced), format_bytes(used),
       format_bytes(s.plan().price.step_places.of(ops::Tier::kDevice)), away > 0 ? fmt::format(" + {} of memory.host", format_bytes(away)) : "", format_bytes(std::max<int64_t>(0, peak - before - priced - used - away)));
 }
 

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "base/check.h"
+#include "base/host_memory.h"
 #include "base/log.h"
 #include "base/shapes.h"
 #include "base/units.h"
@@ -65,7 +66,8 @@ Session::Session(const Job& job, comm::World& world)
   spec.name = recipe_.model.name_or_path;
   const auto place = launch::place_in_job();
   const int64_t local_rank = place ? place->local_rank : 0;
-  machine_ = plan::this_machine(job.cuda, 0);
+  // What ranks hold before they plan was free when the launcher planned.
+  machine_ = plan::this_machine(job.cuda, 0, world_.all().max(own_bytes()) * (place ? place->local_world_size : 1));
   if (job.cuda) look_at_gpu(machine_, local_rank, place ? place->local_world_size : 1);
   machine_.disk_bytes = plan::scratch_bytes(recipe_);
   machine_.local_ranks = place ? place->local_world_size : 1;

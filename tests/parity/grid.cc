@@ -14,6 +14,7 @@
 #include "base/json.h"
 #include "base/safetensors.h"
 #include "comm/world.h"
+#include "plan/plan.h"
 #include "train/train.h"
 
 namespace uly::parity {
@@ -113,6 +114,22 @@ Result train(const Training& run) {
   }
   fs::remove_all(folder);
   return result;
+}
+
+int64_t device_bytes_for(const Training& run, int64_t bytes) {
+  constexpr int64_t kLongest = 128;
+  const Shape& s = run.shape;
+  models::Spec spec;
+  spec.D = s.D, spec.F = s.F, spec.N = s.N, spec.K = s.K, spec.H = s.H, spec.V = s.V, spec.L = s.L;
+  recipe::Recipe recipe;
+  recipe.model.dtype = Dtype::kF32, recipe.sequence_parallel_size = run.P;
+  plan::Machine machine = plan::this_machine(false, 0);
+  machine.local_ranks = 1;
+  plan::Plan plan;
+  plan.mesh = {.W = run.W, .P = run.P, .rank = 0};
+  plan.max_length = plan.planned_length = kLongest;
+  plan::choose(plan, recipe, spec, machine, run.W);
+  return (plan.besides_bytes + bytes) * 20 / 19 + 1;
 }
 
 double gradient_difference(const Result& a, const Result& b) {

@@ -37,6 +37,9 @@ struct Result {
 
 Result train(const Training& run);
 
+// memory.device with which a plan may use so many bytes for buffers: beside what the process takes, and with what stays free.
+int64_t device_bytes_for(const Training& run, int64_t bytes);
+
 // Largest difference between gradients of the same name, relative to the norm (at least 1e-3 of the largest norm).
 double gradient_difference(const Result& a, const Result& b);
 

@@ -112,9 +112,9 @@ TEST(ParityTest, RebuiltEqualsKept) {
     kept.shape.L = 4;
     const Result expected = train(kept);
     int64_t last = -1;
-    for (int64_t kib = 700; kib <= 1100; kib += 50) {  // from hardly enough to enough for everything
+    for (int64_t kib = 560; kib <= 880; kib += 40) {  // from hardly enough to enough for everything
       Training rebuilt = kept;
-      rebuilt.extra = fmt::format("memory: {{device: {}KiB}}\n", kib);
+      rebuilt.extra = fmt::format("memory: {{device: {}}}\n", device_bytes_for(kept, kib * 1024));
       try {
         expect_equal(expected, train(rebuilt), fmt::format("{} in {} KiB", family, kib));
         last = kib;

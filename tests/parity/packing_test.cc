@@ -156,7 +156,7 @@ TEST(EvaluationTest, ItIsTheLossThatTheNextStepBeginsWith) {
 TEST(EvaluationTest, UpdatesThatWaitForTheNextStepAreMadeBefore) {
   Training run = whole_epoch(2, 2);
   run.steps = 3, run.evaluates = true;
-  run.overrides = {"epochs=4", "data.pack_samples=true", "memory.device=450KiB", "memory.host=64MiB"};
+  run.overrides = {"epochs=4", "data.pack_samples=true", fmt::format("memory.device={}", device_bytes_for(run, 360 * 1024)), "memory.host=64MiB"};
   testing::internal::CaptureStderr();
   const Result result = train(run);
   ASSERT_NE(testing::internal::GetCapturedStderr().find("updates run under the next step's forward"), std::string::npos);

@@ -87,6 +87,23 @@ TEST(AttentionWorkspaceTest, TheCpuNeedsNone) {
   EXPECT_EQ(document_table_bytes({}, 1 << 20), 0);
 }
 
+TEST(AttentionScheduleTest, WhatTheCpusAttentionAllocatesIsPriced) {
+  const Heads heads{.n = 32, .k = 8, .H = 128, .G = 4}, alone{.n = 8, .k = 8, .H = 128, .G = 1};
+  const int64_t S = 4096;
+  EXPECT_EQ(attention_besides_bytes({}, alone, S, Dtype::kF32), 4 * S * 8 * 128 * 4);              // the gradient that comes in, and of q, k and v
+  EXPECT_EQ(attention_besides_bytes({}, heads, S, Dtype::kF32), 4 * S * 32 * 128 * 4 + S * 8 * 128 * 4);  // and a sum over groups
+  EXPECT_EQ(attention_besides_bytes({}, heads, S, Dtype::kBf16), 4 * S * 32 * 128 * 2 + S * 32 * 128 * 4 + S * 8 * 128 * 4);
+  plan::Machine machine;
+  machine.memory_bytes = int64_t{64} << 30, machine.cores = 2;
+  plan::Plan shorter, longer;
+  shorter.max_length = shorter.planned_length = 8192, longer.max_length = longer.planned_length = 16384;
+  recipe::Recipe recipe;
+  recipe.model.dtype = Dtype::kF32;
+  plan::choose(shorter, recipe, shape(32, 8, 128), machine, 1);
+  plan::choose(longer, recipe, shape(32, 8, 128), machine, 1);
+  EXPECT_EQ(longer.besides_bytes - shorter.besides_bytes, attention_besides_bytes({}, heads, 8192, Dtype::kF32));
+}
+
 TEST(AttentionScheduleTest, OlderGpusGetFlashAttention) {
   plan::Machine machine;
   machine.cuda = true, machine.gpu_major = 8;

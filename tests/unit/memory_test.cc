@@ -133,6 +133,13 @@ TEST(HostMemoryTest, ReadsTheFirstVersionToo) {
   EXPECT_TRUE(m.in_group);
 }
 
+TEST(HostMemoryTest, AProcessHasWhatIsNotMappedFromFiles) {
+  const Folder root;
+  root.write("/proc/self/status", "Name:\tulysses\nVmRSS:\t  600 kB\nRssAnon:\t  300 kB\nRssFile:\t  200 kB\nRssShmem:\t  100 kB\n");
+  EXPECT_EQ(own_bytes(root.path()), 400 * 1024);
+  EXPECT_GT(own_bytes(), 0);
+}
+
 TEST(HostMemoryTest, ThisHostHasSome) { EXPECT_GT(host_memory().free_bytes, 0); }
 
 // --- memory

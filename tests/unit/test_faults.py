@@ -110,12 +110,11 @@ def test_a_disk_without_room_for_what_is_promised(folder, resident):
         tiers.clear(folder)
         more = ["memory.disk=small", "memory.disk_size=1GiB"]
         assert re.search(r"memory.disk_size \(command line\): 1.0 GiB, of which 5\d.\d KiB are free there", tiers.run(folder, *run, *more, verb="plan").stdout)
-        said = tiers.run(folder, *run, *more, code=USER).stderr
-        assert re.search(r"memory.disk: small has 64.0 KiB free, \S+ \S+ wanted: make room there, or name other folders", said), said
-        assert len(sentences(said)) == 1 and "Train iter" not in said and not tiers.saved(folder)
-        # Where nothing is promised the plan counts on what is there.
-        said = tiers.run(folder, *run, "memory.disk=small", code=WILL_NOT_FIT).stderr
-        assert re.search(r"^disk: needs \S+ KiB for each rank, 2\d.\d KiB free: ", said, re.MULTILINE), said
+        # Whatever is promised, the plan counts on what is there.
+        for promised in (more, more[:1]):
+            said = tiers.run(folder, *run, *promised, code=WILL_NOT_FIT).stderr
+            assert re.search(r"^disk: needs \S+ KiB for each rank, 2\d.\d KiB free: ", said, re.MULTILINE), said
+            assert "Train iter" not in said and not tiers.saved(folder)
     finally:
         clean_up()
         (folder / "small").rmdir()
@@ -223,7 +222,8 @@ def in_fake_group(files):
 
 def test_a_control_groups_limit_bounds_the_plan(folder, resident):
     longest = resident(1)[2]
-    needs = tiers.plan(folder, *RANKS[1], f"data.max_length={longest}")["bytes"]["total"]
+    priced = tiers.plan(folder, *RANKS[1], f"data.max_length={longest}", "memory.disk=scratch")["bytes"]    # libraries: with the disk's ring
+    needs = priced["total"]
     group = {"memory.max": needs + 8 * MIB, "memory.current": 10 * MIB, "memory.stat": f"anon {8 * MIB}\ninactive_file {MIB}\nactive_file {MIB}"}
     before = in_fake_group(group)
     # The file cache is given up for who needs it.
@@ -231,10 +231,11 @@ def test_a_control_groups_limit_bounds_the_plan(folder, resident):
     assert facts["machine"]["memory_bytes"] == facts["bytes"]["budget"] == needs and facts["machine"]["in_control_group"] is True
     least = in_fake_group(group | {"memory.max": 8 * MIB + needs // 3})
     done = tiers.run(folder, *RANKS[1], f"data.max_length={longest}", code=WILL_NOT_FIT, before=least)
-    assert re.search(r"^needs \S+ \S+ for the one rank, \S+ \S+ free in this control group: ", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^needs \S+ \S+ for the one rank, \S+ \S+ free in this control group, \S+ \S+ of it for a plan: ", done.stderr, re.MULTILINE), done.stderr
     # What the disk can take makes it fit.
     tiers.clear(folder)
-    little = in_fake_group(group | {"memory.max": 8 * MIB + needs * 9 // 10})
+    room = int(tiers.device_room(priced, 70).removeprefix("memory.device="))
+    little = in_fake_group(group | {"memory.max": 8 * MIB + room})
     assert "in this control group" not in tiers.run(folder, *RANKS[1], "memory.disk=scratch", before=little).stderr
     assert tiers.saved(folder) == resident(1)[1]
     throttled = in_fake_group(group | {"memory.high": 9 * MIB})
@@ -277,22 +278,22 @@ def test_a_second_job_sees_what_the_first_has_left(folder):
     try:
         needs = tiers.plan(folder, *run)["bytes"]["total"]
         assert needs > 100 * MIB
-        with group_of(needs * 2) as group:
+        with group_of(needs * 3 // 2) as group:
             free = json.loads(tiers.run(folder, *run, "--json", verb="plan", before=within(group)).stdout)["machine"]["memory_bytes"]
-            assert needs * 1.8 < free <= needs * 2
+            assert needs * 1.3 < free <= needs * 1.5
             with open(folder / "said", "w") as said:
                 job = subprocess.Popen([*within(group), *tiers.command(*run, "train_log_metrics_path=first.jsonl")], cwd=folder, env=fixtures.environment(), stderr=said)
             try:
                 wait_for(lambda: "Train iter" in (folder / "said").read_text() or job.poll() is not None, "no step was made")
                 assert job.poll() is None, (folder / "said").read_text()
                 done = tiers.run(folder, *run, code=WILL_NOT_FIT, before=within(group))
-                assert re.search(r"^needs \S+ \S+ for the one rank, \S+ \S+ free in this control group: ", done.stderr, re.MULTILINE), done.stderr
+                assert re.search(r"^needs \S+ \S+ for the one rank, \S+ \S+ free in this control group, \S+ \S+ of it for a plan: ", done.stderr, re.MULTILINE), done.stderr
             finally:
                 job.kill()
                 job.wait()
             wait_for(lambda: not (group / "cgroup.procs").read_text().strip(), "ranks outlive their launcher")
             assert tiers.plan(folder, *run)["fits"]
             again = json.loads(tiers.run(folder, *run, "--json", verb="plan", before=within(group)).stdout)
-            assert again["fits"] and again["machine"]["memory_bytes"] > needs * 1.5
+            assert again["fits"] and again["machine"]["memory_bytes"] > needs * 1.2
     finally:
         fixtures.config(folder, "vocab_size=320")

@@ -258,6 +258,23 @@ def test_a_size_without_a_folder_has_no_effect_and_one_beyond_the_disk_is_told(h
     assert re.search(r"memory.disk_size \(command line\): 1.0 PiB, of which .* are free there", here.text("--device", "cpu", "memory.disk=.", "memory.disk_size=1024TiB"))
 
 
+def test_what_is_asked_for_beyond_what_is_free_is_not_believed(here):
+    imagined = ["--device", "cpu", "--host-memory", "24GiB", "--host-cores", "4"]
+    text, facts = here.text(*imagined, "memory.gpu=40GiB", "memory.host=100GiB"), here.facts(*imagined, "memory.gpu=40GiB", "memory.host=100GiB")
+    assert "memory.device (command line): 40.0 GiB, of which 24.0 GiB are free here" in text and "memory.host (command line): 100.0 GiB, of which 0 B are free here beside the device's" in text
+    assert not facts["fits"] and facts["bytes"]["budget"] == 24 * 2**30
+    assert re.search(r"will not fit: needs .* for the one rank, 24.0 GiB free, 22.8 GiB of it for a plan: ", text)
+    assert "memory.device (command line): 200.0 GiB, of which 79.5 GiB are free here on each GPU" in here.text("--gpu", "H100", "memory.gpu=200GiB")
+
+
+def test_on_the_cpu_program_and_libraries_are_priced(here):
+    tiny = ["--device", "cpu", "--host-memory", "64GiB", "--host-cores", "4", "data.max_length=4096", "model.hf_config_kwargs.num_hidden_layers=1"]
+    one, two = (here.facts(*tiny, "--gpus", str(n))["bytes"] for n in (1, 2))
+    assert one["total"] == one["between_steps"] + one["within_step"] + one["libraries"]
+    assert one["libraries"] - two["libraries"] == (66 // 2 + 2 * 8) * 2**20    # files are shared, and so are cores
+    assert " for program and libraries" in here.text(*tiny)
+
+
 def test_two_folders_on_one_disk_have_its_room_once(here):
     (here.path / "a").mkdir()
     (here.path / "b").mkdir()

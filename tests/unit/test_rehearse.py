@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "cases"))
 
 import fixtures  # noqa: E402
+import tiers  # noqa: E402
 
 ULYSSES = pathlib.Path(os.environ.get("ULYSSES_BUILD", ROOT / "build")).resolve() / "ulysses"
 RECIPE = """\
@@ -53,9 +54,9 @@ def room_that_needs(folder, tier, *arguments, optimizer=False):
     """What to add to the command line for a plan that puts something, or the optimizer of a short step, into this tier."""
     if optimizer:
         arguments = (*arguments, "data.max_length=304")
-    total = plan_of(folder, *arguments)["bytes"]["total"]
-    for percent in range(120, 20, -4):
-        room = [*arguments, f"memory.device={total * percent // 100}", ROOM[tier]]
+    priced = plan_of(folder, *arguments, ROOM[tier])["bytes"]
+    for percent in range(96, 16, -3):
+        room = [*arguments, tiers.device_room(priced, percent), ROOM[tier]]
         plan = plan_of(folder, *room)
         if plan["fits"] and plan[f"{tier}_bytes"] > 0 and (not optimizer or "optimizer" in plan["states"]):
             return room
@@ -83,7 +84,7 @@ def test_what_it_takes_is_what_was_planned(folder, ranks, needs, optimizer):
     assert found["hash"] == plan["hash"] and found["planned_length"] == plan["sequence"]["planned_length"] == (608 if optimizer else 6000)
     assert len(found["ranks"]) == found["world"] == ranks
     for rank in found["ranks"]:
-        for tier, planned in [("device", plan["bytes"]["total"]), ("host", plan["host_bytes"]), ("disk", plan["disk_bytes"])]:
+        for tier, planned in [("device", plan["bytes"]["total"] - plan["bytes"]["libraries"]), ("host", plan["host_bytes"]), ("disk", plan["disk_bytes"])]:
             row = rank[tier]
             assert row["predicted_bytes"] == planned, tier
             assert abs(row["measured_bytes"] - planned) <= planned / 50, (tier, row)
@@ -104,6 +105,9 @@ def test_the_process_has_the_arenas_and_little_besides(folder):
     assert found["ranks"][0]["device"]["predicted_bytes"] > 300 * MIB
     assert abs(process["peak_bytes"] - process["at_start_bytes"] - found["ranks"][0]["device"]["predicted_bytes"]) < 60 * MIB
     assert process["agree"] is True
+    planned = plan_of(folder, "sequence_parallel_size=1", "data.max_length=20000")["bytes"]["libraries"]
+    assert process["planned_bytes"] == planned + 96 * MIB    # the libraries' files, which ranks share
+    assert abs(process["peak_bytes"] - process["arenas_bytes"] - planned) < 60 * MIB
 
 
 def test_a_long_step_takes_seconds(folder):

@@ -88,6 +88,11 @@ def places(facts, what):
     return {layer[what] for layer in facts["layers"]}
 
 
+def device_room(priced, percent):
+    """A device of which a plan may use, beside program and libraries, so much of what was priced: it leaves a twentieth free."""
+    return f"memory.device={(priced['libraries'] + (priced['total'] - priced['libraries']) * percent // 100) * 20 // 19 + 1}"
+
+
 # What the plan is to do, by what it says; and the room beside a device that is too small, of which one way will do.
 WAYS = {
     "layers on the host": ([HOST], lambda p: "host" in places(p, "input") and p["states"] == "states on the device"),
@@ -106,10 +111,9 @@ def room_for(folder, changes, longest, way):
     """The most room on the device with which the plan does so, and what else is to be said on the command line."""
     beside, does = WAYS[way]
     here = [*changes, f"data.max_length={longest}"]
-    total = plan(folder, *here)["bytes"]["total"]
-    for percent in range(125, 20, -3):
+    for percent in range(100, 16, -2):
         for other in beside:
-            room = [*other, f"memory.device={total * percent // 100}"]
+            room = [*other, device_room(plan(folder, *here, *other)["bytes"], percent)]
             found = plan(folder, *here, *room)
             if found["fits"] and does(found):
                 return room

@@ -1,6 +1,7 @@
 #include "engine/cpu/cpu_engine.h"
 
 #include <ATen/ops/from_blob.h>
+#include <malloc.h>
 
 #include <chrono>
 #include <cstring>
@@ -36,7 +37,10 @@ CpuEngine::CpuEngine(comm::Group& world, comm::Group& sequence, const CpuOptions
       to_host_(options.delays),
       to_device_(options.delays),
       disk_(options.delays),
-      host_(options.delays) {}
+      host_(options.delays) {
+  // Where glibc raises this by itself, large results that were freed stay, and in pieces: up to 110 MiB more.
+  ::mallopt(M_MMAP_THRESHOLD, 1 << 20);
+}
 
 CpuEngine::~CpuEngine() = default;
 
