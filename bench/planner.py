@@ -31,24 +31,26 @@ RATES = pathlib.Path(os.environ.get("ULYSSES_RATES") or pathlib.Path(os.environ.
 SIZES = {
     "small": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4, vocab_size=24000),
     "deep": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=4, vocab_size=16000),
+    "tall": dict(hidden_size=640, intermediate_size=1792, num_hidden_layers=10, num_attention_heads=10, num_key_value_heads=2, vocab_size=20000),
     "wide": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=8, vocab_size=16000),
 }
 SPLIT = "memory.master_weights=split"
-# Size, length, ranks, tier (and how much of what a resident run takes the device has), keys.
+# Size, length, ranks, tier (and how much of what a resident run takes the device has), keys. The second of each pair is held out: no
+# figure of a plan was ever taken from that size.
 CONFIGURATIONS = [
-    ("small", 512, 1, None, []), ("small", 1536, 1, None, []),
-    ("small", 4096, 1, None, []), ("deep", 3072, 1, None, []),
-    ("deep", 1024, 1, None, []), ("wide", 2048, 1, None, []),
-    ("wide", 768, 1, None, ["gradient_accumulation_steps=2"]), ("deep", 2048, 1, None, ["gradient_accumulation_steps=2"]),
-    ("small", 2048, 2, None, []), ("deep", 4096, 2, None, []),
-    ("wide", 1024, 2, None, []), ("wide", 3072, 2, None, ["gradient_accumulation_steps=2"]),
-    ("small", 4096, 1, "host", []), ("deep", 3072, 1, "host", []),
-    ("wide", 1024, 1, "host", []), ("wide", 2048, 2, "host", []),
-    ("small", 4096, 1, "disk", []), ("deep", 3072, 1, "disk", []),
-    ("wide", 1024, 2, "disk", []), ("small", 3072, 2, "disk", ["gradient_accumulation_steps=2"]),
-    ("small", 1024, 1, None, ["model.dtype=bf16"]), ("wide", 1536, 1, None, ["model.dtype=bf16"]),
-    ("deep", 1024, 1, None, ["model.dtype=bf16", SPLIT]), ("small", 2048, 1, None, ["model.dtype=bf16", SPLIT]),
-    ("small", 2048, 2, "host", ["model.dtype=bf16", SPLIT]), ("deep", 2048, 1, "host", ["model.dtype=bf16"]),
+    ("small", 512, 1, None, []), ("tall", 1792, 1, None, []),
+    ("small", 4096, 1, None, []), ("tall", 3328, 1, None, []),
+    ("deep", 1024, 1, None, []), ("tall", 2560, 1, None, []),
+    ("wide", 768, 1, None, ["gradient_accumulation_steps=2"]), ("tall", 1280, 1, None, ["gradient_accumulation_steps=2"]),
+    ("small", 2048, 2, None, []), ("tall", 3840, 2, None, []),
+    ("wide", 1024, 2, None, []), ("tall", 2304, 2, None, ["gradient_accumulation_steps=2"]),
+    ("small", 4096, 1, "host", []), ("tall", 3584, 1, "host", []),
+    ("wide", 1024, 1, "host", []), ("tall", 2816, 2, "host", []),
+    ("small", 4096, 1, "disk", []), ("tall", 3584, 1, "disk", []),
+    ("wide", 1024, 2, "disk", []), ("tall", 3072, 2, "disk", ["gradient_accumulation_steps=2"]),
+    ("small", 1024, 1, None, ["model.dtype=bf16"]), ("tall", 1408, 1, None, ["model.dtype=bf16"]),
+    ("deep", 1024, 1, None, ["model.dtype=bf16", SPLIT]), ("tall", 2048, 1, None, ["model.dtype=bf16", SPLIT]),
+    ("small", 2048, 2, "host", ["model.dtype=bf16", SPLIT]), ("tall", 2176, 1, "host", ["model.dtype=bf16"]),
 ]
 
 
@@ -134,7 +136,7 @@ def main():
         sys.exit(f"load {os.getloadavg()[0]:.1f}: seconds need an idle machine")
     run = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
     found = []
-    for size, length, ranks, tier, keys in CONFIGURATIONS:
+    for i, (size, length, ranks, tier, keys) in enumerate(CONFIGURATIONS):
         name = " ".join([size, str(length), f"P{ranks}", tier or "resident", *keys])
         if args.only not in name:
             continue
@@ -152,13 +154,13 @@ def main():
         priced = ranks * (facts["bytes"]["total"] + facts["host_bytes"])
         said = facts.get("time", {}).get("step_seconds")
         found.append(dict(name=name, size=size, length=length, ranks=ranks, tier=tier, keys=[k.replace(str(folder), "FOLDER") for k in keys],
-                          priced=priced, peak=peak, files=files, disk=facts["disk_bytes"] * ranks, predicted_seconds=said, seconds=seconds))
+                          held_out=i % 2 == 1, priced=priced, peak=peak, files=files, disk=facts["disk_bytes"] * ranks, predicted_seconds=said, seconds=seconds))
         measured = peak + files
         print(f"{name:<60} priced {priced / MIB:8.1f} MiB, measured {measured / MIB:8.1f}, {files / MIB:6.1f} of it mapped from files {100 * (priced / measured - 1):+6.2f} %", flush=True)
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     rows = []
     for f in found:
-        row = dict(run=run, system="ulysses", length=f["length"], size=f["size"], ranks=f["ranks"], tier=f["tier"] or "resident")
+        row = dict(run=run, system="ulysses", length=f["length"], size=f["size"], ranks=f["ranks"], tier=f["tier"] or "resident", held_out=f["held_out"])
         end = dict(keys=f["keys"], command="bench/planner.py", machine=machine, date=datetime.date.today().isoformat())
         rows.append(dict(**row, what="bytes of all ranks, MiB: as priced, and the highest RssAnon with mapped files once", predicted=round(f["priced"] / MIB, 1), measured=round((f["peak"] + f["files"]) / MIB, 1), mapped_files=round(f["files"] / MIB, 1), **end))
         if args.seconds and f["predicted_seconds"]:
