@@ -23,6 +23,8 @@ int rehearse(const Options& options) {
   if (machine.measured) command.insert(command.end(), {"--rates", launch::rates_path()});
   if (options.json) command.push_back("--json");
   command.insert(command.end(), options.overrides.begin(), options.overrides.end());
+  if (ranks.place) launch::set_place(*ranks.place);
+  wait_for_machines(ranks);
   return run_ranks(options, ranks, machine, command);
 }
 
