@@ -102,6 +102,9 @@ class EarlyStop {
   std::thread thread_;
 };
 
+// What is wrong with the address at which ranks are to meet is said before anything is prepared. Throws UserError.
+void check_meeting_place(const Ranks& ranks);
+
 // Where machines are led over ssh, returns when all are ready.
 void wait_for_machines(const Ranks& ranks);
 

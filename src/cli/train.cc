@@ -88,6 +88,15 @@ std::string engine_program() {
   return engine;
 }
 
+void check_meeting_place(const Ranks& ranks) {
+  if (ranks.place && ranks.place->world_size > 1) {
+    const bool by_agent = launch::variable("TORCHELASTIC_USE_AGENT_STORE") == "True";
+    launch::check_meeting_place(ranks.place->master_address, ranks.place->rank == 0 && !by_agent, launch::variable("SLURM_STEP_ID") ? "environment variable MASTER_ADDR, without it SLURM's first node" : "environment variable MASTER_ADDR");
+  } else if (ranks.node && ranks.node->hosts.size() > 1) {
+    launch::check_meeting_place(ranks.node->master_address, ranks.node->index == 0, "--master_addr");
+  }
+}
+
 void wait_for_machines(const Ranks& ranks) {
   if (ranks.node && ranks.node->leash) ranks.node->leash->wait_for_go();
 }
@@ -117,6 +126,7 @@ int train(const Options& options) {
   if (recipe::saves_states(recipe)) take_signals(ranks.place.has_value());
   std::optional<EarlyStop> watch;
   if (!ranks.node || !ranks.node->leash) watch.emplace(recipe, options, ranks);  // else the leader looks
+  check_meeting_place(ranks);
   if (ranks.speaks() && !ranks.chosen) say("device: {}", device_words(ranks));
 
   const models::Spec spec = find_model(recipe, Fetch::kWeights);

@@ -56,15 +56,16 @@ TcpAddress address_of(const Rendezvous& r) {
 
 bool interrupted(const Rendezvous& r) { return r.interrupted && r.interrupted(); }
 
-[[noreturn]] void did_not_meet(const Rendezvous& r, const std::string& why) {
-  throw DeviceError(fmt::format("rank {}: the {} ranks did not meet at {}:{} within {} s: {}", r.rank, r.size, r.address, r.port, std::chrono::duration_cast<std::chrono::seconds>(r.timeout).count(), why));
+[[noreturn]] void did_not_meet(const Rendezvous& r, Clock::time_point began, const std::string& why) {
+  throw DeviceError(fmt::format("rank {}: the {} ranks did not meet at {}:{} within {} s: {}", r.rank, r.size, r.address, r.port, std::chrono::ceil<std::chrono::seconds>(Clock::now() - began).count(), why));
 }
 
 // Rank 0 begins to serve it; the others wait until it does.
 std::shared_ptr<Store> open_store(const Rendezvous& r) {
   TcpAddress address = address_of(r);
   address.serves = r.rank == 0 && !r.served_elsewhere;
-  Clock::time_point end = Clock::now() + r.timeout;
+  const Clock::time_point began = Clock::now();
+  Clock::time_point end = began + r.timeout;
   for (bool leaving = false;;) {
     if (!leaving && interrupted(r)) leaving = true, end = Clock::now() + kLeave, address.patience = kLeave / 8;
     try {
@@ -74,7 +75,7 @@ std::shared_ptr<Store> open_store(const Rendezvous& r) {
       if (address.serves && (why.find("in use") != std::string::npos || why.find("EADDRINUSE") != std::string::npos))
         user_error("port {} at {} is in use by another program; choose another {}", r.port, r.address, r.by_ulysses ? "with --master_port" : "by the environment variable MASTER_PORT, the same for all ranks");
       if (leaving && Clock::now() > end) give_up();
-      if (address.serves || Clock::now() > end) did_not_meet(r, why);
+      if (address.serves || Clock::now() > end) did_not_meet(r, began, why);
     }
     std::this_thread::sleep_for(kLook);
   }
@@ -96,7 +97,7 @@ class Meeting {
       throw;
     } catch (const std::exception& e) {
       if (interrupted(r_)) give_up();
-      did_not_meet(r_, first_line(e.what()));
+      did_not_meet(r_, began_, first_line(e.what()));
     }
   }
 
@@ -134,7 +135,7 @@ class Meeting {
   template <typename Why>
   void pause(Why&& why) {
     const Clock::time_point now = Clock::now();
-    if (now - began_ > r_.timeout) did_not_meet(r_, why());
+    if (now - began_ > r_.timeout) did_not_meet(r_, began_, why());
     std::this_thread::sleep_for(now - began_ < kSoon ? kLook : 5 * kLook);
   }
 

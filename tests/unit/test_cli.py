@@ -449,3 +449,19 @@ def test_a_broken_environment_is_named(job, change, said):
 def test_a_missing_engine_is_named(job):
     done = job.run("run.yml", ULYSSES_ENGINE="/nowhere/engine")
     assert done.returncode == 2 and done.err.startswith("/nowhere/engine: expected the engine here")
+
+
+@pytest.mark.parametrize("address, said", [
+    ("192.0.2.7", "rank 0 cannot listen at 192.0.2.7: it is not an address of this machine: expected one of its own that all can reach"),
+    ("nonsense.invalid", "the ranks are to meet at nonsense.invalid, a name that has no address here: "),
+])
+@pytest.mark.parametrize("by", ["--master_addr", "environment variable MASTER_ADDR"])
+def test_an_address_at_which_ranks_cannot_meet_is_said_at_once(job, by, address, said):
+    """Before anything is prepared."""
+    (job.folder / "hosts").write_text("here slots=1\nthere slots=1\n")
+    if by == "--master_addr":
+        done = job.run("run.yml", "--device", "cpu", "-H", "hosts", "--no_ssh", "--node_rank", "0", "--master_addr", address)
+    else:
+        done = job.run("run.yml", "--device", "cpu", RANK="0", WORLD_SIZE="2", MASTER_ADDR=address, MASTER_PORT="29879")
+    assert done.returncode == 2 and done.err.startswith(f"{by}: {said}") and len(done.err.splitlines()) == 1, done.err
+    assert not (job.notes / "request.json").exists() and not (job.notes / "rank0").exists()
