@@ -202,6 +202,7 @@ def test_the_hub_cache_is_where_huggingface_hub_has_it(job, environment, folder)
     (["train", "run.yml", "--num_nodes", "2"], "--num_nodes: expected a --hostfile that names the machines"),
     (["train", "run.yml", "--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
     (["train", "run.yml", "--num_gpus", "3"], "sequence_parallel_size (run.yml:3): expected a divisor of 3 ranks, found 2"),
+    (["train", "run.yml", "--max_restarts", "-1"], "--max_restarts: expected a whole number from 0 on, found '-1'"),
     (["train", "run.yml", "--num_gpus", "0"], "--num_gpus: expected a whole number of at least 1, found '0'"),
 ])
 def test_refuses_with_one_sentence_and_2(job, arguments, said):
@@ -234,6 +235,16 @@ def test_the_exit_code_of_the_python_side_is_passed_on(job):
     write_script(job.folder / "python", "#!/bin/sh\necho 'the network is down' >&2\nexit 75\n")
     done = job.run("prepare", "run.yml")
     assert (done.returncode, done.err) == (75, "the network is down\n")
+
+
+def test_a_python_that_cannot_be_used_is_named(job):
+    write_script(job.folder / "python", "#!/bin/sh\necho 'No module named ulysses_plus' >&2\nexit 1\n")
+    python = job.folder / "python"
+    done = job.run("prepare", "run.yml")
+    assert (done.returncode, done.err) == (2, f"No module named ulysses_plus\nenvironment variable ULYSSES_PYTHON: {python} cannot run ulysses_plus.prepare, see above: expected a Python with ulysses_plus and what it needs\n")
+    python.chmod(0o644)
+    done = job.run("prepare", "run.yml")
+    assert (done.returncode, done.err) == (2, f"{python}: expected the Python environment here: Permission denied; `make setup` makes it, ULYSSES_PYTHON names another\n")
 
 
 def test_prepare_prints_the_facts(job):

@@ -86,6 +86,13 @@ def test_asked_to_stop_between_restarts_it_ends_with_85(job):
     assert process.returncode == 85 and said == "stopped before the first step; start again\n"
 
 
+def test_a_file_of_variables_that_is_not_there_is_named(job):
+    done = job.run(*OVER_SSH, DS_ENV_FILE="nofile")
+    assert (done.returncode, done.err) == (2, f"environment variable DS_ENV_FILE: expected a file of lines KEY=VALUE, found none at {job.folder}/nofile nor at {job.folder}/nofile\n")
+    (job.folder / "hosts").write_bytes(b"\xef\xbb\xbfaway slots=1\nfurther slots=1\n")    # as some editors begin a file
+    assert job.run(*OVER_SSH).returncode == 0
+
+
 def test_many_variables_arrive(job):
     """More than a pipe holds."""
     (job.folder / ".deepspeed_env").write_text("".join(f"MANY_{i}={'x' * 1000}{i}\n" for i in range(300)))
