@@ -97,9 +97,10 @@ int run(int argc, char** argv) {
   train->add_option("--dump", job.dump_folder, "folder for the loss and gradients of each step");
   train->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
   train->add_flag("--restart-data", job.restart_data, "go on from a state with the data from its beginning");
-  train->add_option("--elapsed", job.elapsed_seconds, "seconds since the job was started for the first time");
+  train->add_option("--began", job.began, "when the job was started for the first time, in seconds of this machine's steady clock");
   train->add_option("--profile", job.profile, "file for a Chrome trace of the third step");
   train->add_option("--rates", job.rates_path, "rates that were measured on this machine");
+  const CLI::App* leave = app.add_subcommand("leave", "Tell the ranks of this job, before they train, that this one was asked to stop");
   CLI::App* measure = app.add_subcommand("measure", "How fast this machine is, as JSON");
   train::Measure what;
   measure->add_option("--device", device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
@@ -111,6 +112,10 @@ int run(int argc, char** argv) {
     return app.exit(e);
   } catch (const CLI::ParseError& e) {
     user_error("ulysses-engine: {}", e.what());
+  }
+  if (leave->parsed()) {
+    train::leave();
+    return static_cast<int>(Exit::kPreempted);
   }
   if (measure->parsed()) {
     train::admit_signals();

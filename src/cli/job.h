@@ -1,8 +1,11 @@
 // What train, plan and prepare share: from a recipe to a model, ranks and prepared data.
 #pragma once
 
+#include <condition_variable>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cli/verbs.h"
@@ -76,9 +79,34 @@ models::Spec find_model(const recipe::Recipe& recipe, Fetch fetch);
 // What the engine is told to load: the model's folder, or its name where only the shape is known.
 std::string model_place(const models::Spec& spec);
 
-// Until ranks run, and between their runs, nothing is to be saved: from now on being asked to stop ends this process with the code of a
-// run that has saved. For recipes that save states.
-void take_signals();
+// Until ranks run, and between their runs, nothing is to be saved: from now on a signal that asks to stop ends this process with the code of
+// a run that has saved. For recipes that save states. Where this process `is_rank` of a job that others have started, whose place is in the
+// environment, it tells the other ranks first.
+void take_signals(bool is_rank);
+
+// Why kill_switch_path or exit_after ask to stop; "" to go on.
+std::string why_to_stop(const recipe::Recipe& recipe, const Options& options);
+
+// As long as it lives, kill_switch_path and exit_after end this process as a signal does; with 0 where the recipe saves no states, as its run ends then.
+class EarlyStop {
+ public:
+  EarlyStop(const recipe::Recipe& recipe, const Options& options, const Ranks& ranks);
+  ~EarlyStop();
+  EarlyStop(const EarlyStop&) = delete;
+  EarlyStop& operator=(const EarlyStop&) = delete;
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool stopped_ = false;
+  std::thread thread_;
+};
+
+// What is wrong with the address at which ranks are to meet is said before anything is prepared. Throws UserError.
+void check_meeting_place(const Ranks& ranks);
+
+// Where machines are led over ssh, returns when all are ready.
+void wait_for_machines(const Ranks& ranks);
 
 // Where the tokenizer's files lie; empty: where the model's do, or not here.
 std::string tokenizer_folder(const recipe::Recipe& recipe);

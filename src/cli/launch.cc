@@ -110,9 +110,10 @@ std::optional<int> launch_elsewhere(const std::string& verb, Options& options) {
   ULY_USER_CHECK(all.world() % recipe.sequence_parallel_size == 0, "sequence_parallel_size ({}): expected a divisor of {} ranks, found {}", recipe.where("sequence_parallel_size"), all.world(), recipe.sequence_parallel_size);
   check_restarts(options, recipe);
   const bool saves = verb == "train" && recipe::saves_states(recipe);
-  if (saves) take_signals();
+  if (saves) take_signals(false);
   return launch::with_restarts(options.max_restarts, [&](double elapsed) {
     launch::Lead job{.hosts = hosts, .arguments = arguments_of(verb, options), .master_address = options.master_address, .master_port = options.master_port, .ssh_port = options.ssh_port, .saves = saves,
+                     .why_to_stop = [&] { return verb == "train" ? why_to_stop(recipe, options) : ""; },
                      .agree = [&](const std::vector<Json>& facts) { return choose_device(options, hosts, facts); }};
     if (elapsed > 1) job.arguments.insert(job.arguments.end(), {"--elapsed", fmt::format("{:.0f}", elapsed)});
     return launch::lead(job);

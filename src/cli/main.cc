@@ -20,6 +20,11 @@ const CLI::Validator kPositive([](std::string& text) {
   return n && *n > 0 ? std::string() : fmt::format("expected a whole number of at least 1, found '{}'", text);
 }, "");
 
+const CLI::Validator kNotNegative([](std::string& text) {
+  const std::optional<int64_t> n = launch::whole_number(text);
+  return n && *n >= 0 ? std::string() : fmt::format("expected a whole number from 0 on, found '{}'", text);
+}, "");
+
 const CLI::Validator kNotEmpty([](std::string& text) { return text.empty() ? std::string("expected a text, found none") : std::string(); }, "");
 
 struct Verb {
@@ -159,7 +164,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     app.add_option("-i,--include", options.hosts.include, "host:0,2@other: these only")->check(kNotEmpty);
     app.add_option("-e,--exclude", options.hosts.exclude, "host:0,2@other: all but these")->check(kNotEmpty);
     app.add_option("--num_nodes,--num-nodes", options.hosts.num_nodes, "the first hosts only")->check(kPositive);
-    app.add_option("--node_rank,--node-rank", options.node_rank, "with --no_ssh: this machine's place among the hosts")->check(CLI::NonNegativeNumber);
+    app.add_option("--node_rank,--node-rank", options.node_rank, "with --no_ssh: this machine's place among the hosts")->check(kNotNegative);
     app.add_option("--master_addr,--master-addr", options.master_address, "the first host's address")->check(kNotEmpty);
     app.add_option("--ssh_port,--ssh-port", options.ssh_port, "")->check(CLI::Range(1, 65535));
     app.add_flag("--no_ssh,--no-ssh", options.no_ssh, "the same command is started on each machine");
@@ -167,7 +172,7 @@ std::optional<int> read_options(const Verb& verb, std::vector<std::string> argum
     app.add_option("--enable_each_rank_log", options.log_folder, "a folder for a file of what each rank says")->check(kNotEmpty);
   }
   if (std::string_view(verb.name) == "train") {
-    app.add_option("--max_restarts,--max-restarts", options.max_restarts, "after exit code 75, start again so often")->check(CLI::NonNegativeNumber);
+    app.add_option("--max_restarts,--max-restarts", options.max_restarts, "after exit code 75, start again so often")->check(kNotNegative);
     app.add_option("--elapsed", options.elapsed_seconds, "")->group("");  // for exit_after, from who starts a job again
   }
   if (std::string_view(verb.name) == "train") app.add_flag("--restart-data,--restart_data", options.restart_data, "go on from a saved state, with the data from its beginning");

@@ -12,6 +12,7 @@ int rehearse(const Options& options) {
   const Ranks ranks = choose_ranks(options, recipe, true);
   if (ranks.cuda && ranks.obstacle) throw UserError(ranks.obstacle->sentence());
   std::vector<std::string> command = {engine_program(), "train", options.recipe, "--rehearse", "--device", ranks.cuda ? "cuda" : "cpu", "--model"};
+  check_meeting_place(ranks);
   if (ranks.speaks() && !ranks.chosen) say("device: {}", device_words(ranks));
 
   const models::Spec spec = find_model(recipe, Fetch::kConfiguration);
@@ -23,6 +24,8 @@ int rehearse(const Options& options) {
   if (machine.measured) command.insert(command.end(), {"--rates", launch::rates_path()});
   if (options.json) command.push_back("--json");
   command.insert(command.end(), options.overrides.begin(), options.overrides.end());
+  if (ranks.place) launch::set_place(*ranks.place);
+  wait_for_machines(ranks);
   return run_ranks(options, ranks, machine, command);
 }
 

@@ -50,22 +50,20 @@ std::vector<std::string> engine_command(const Options& options, bool cuda, const
   if (machine.measured) command.insert(command.end(), {"--rates", launch::rates_path()});
   if (!tokenizer.empty()) command.insert(command.end(), {"--tokenizer", tokenizer});
   if (!options.dump_folder.empty()) command.insert(command.end(), {"--dump", options.dump_folder});
+  command.insert(command.end(), {"--began", fmt::format("{:.3f}", std::chrono::duration<double>(options.started.time_since_epoch()).count() - options.elapsed_seconds)});
   if (options.restart_data) command.push_back("--restart-data");
   if (!options.profile_path.empty()) command.insert(command.end(), {"--profile", options.profile_path});
   command.insert(command.end(), options.overrides.begin(), options.overrides.end());
   return command;
 }
 
-void stop_before_ranks(int signal) {
-  static constexpr char kSaid[] = "stopped before the first step; start again\n";
-  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, kSaid, sizeof kSaid - 1);
-  static_cast<void>(signal);
-  ::_exit(static_cast<int>(Exit::kPreempted));  // what prepares dies with this process
-}
-
 // Becomes the engine: the launcher that started this process watches it and has set its environment.
 [[noreturn]] void become_engine(const std::vector<std::string>& command) {
   std::fflush(stdout);
+  sigset_t held;
+  ::sigemptyset(&held);
+  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) ::sigaddset(&held, signal);
+  ::sigprocmask(SIG_BLOCK, &held, nullptr);  // until it says what they mean
   ::setenv("CUDA_DEVICE_ORDER", launch::cuda_device_order().c_str(), 1);
   std::vector<char*> arguments;
   for (const std::string& a : command) arguments.push_back(const_cast<char*>(a.c_str()));
@@ -84,28 +82,34 @@ void check_restarts(const Options& options, const recipe::Recipe& recipe) {
   ULY_USER_CHECK(!options.no_ssh, "--max_restarts: expected no --no_ssh: nobody would start the ranks of all machines again together");
 }
 
-void take_signals() {
-  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) std::signal(signal, stop_before_ranks);
-}
-
 std::string engine_program() {
   const std::string engine = launch::engine_path();
   ULY_USER_CHECK(::access(engine.c_str(), X_OK) == 0, "{}: expected the engine here: {}; `make build` makes it", engine, std::strerror(errno));
   return engine;
 }
 
+void check_meeting_place(const Ranks& ranks) {
+  if (ranks.place && ranks.place->world_size > 1) {
+    const bool by_agent = launch::variable("TORCHELASTIC_USE_AGENT_STORE") == "True";
+    launch::check_meeting_place(ranks.place->master_address, ranks.place->rank == 0 && !by_agent, launch::variable("SLURM_STEP_ID") ? "environment variable MASTER_ADDR, without it SLURM's first node" : "environment variable MASTER_ADDR");
+  } else if (ranks.node && ranks.node->hosts.size() > 1) {
+    launch::check_meeting_place(ranks.node->master_address, ranks.node->index == 0, "--master_addr");
+  }
+}
+
+void wait_for_machines(const Ranks& ranks) {
+  if (ranks.node && ranks.node->leash) ranks.node->leash->wait_for_go();
+}
+
 int run_ranks(const Options& options, const Ranks& ranks, const plan::Machine& machine, const std::vector<std::string>& command) {
   if (ranks.place) {
     ULY_USER_CHECK(options.max_restarts == 0, "--max_restarts: this process belongs to a job that another launcher has started (RANK is set), which would have to start all ranks again: torchrun has --max-restarts, SLURM --requeue");
-    launch::set_place(*ranks.place);
     become_engine(command);
   }
-  if (ranks.node && ranks.node->leash) ranks.node->leash->wait_for_go();
   return launch::with_restarts(options.max_restarts, [&](double elapsed) {
     launch::LocalJob job{.command = command, .ranks = ranks.here(), .master_port = options.master_port, .cores = machine.cores, .log_folder = options.log_folder, .node = ranks.node ? &*ranks.node : nullptr};
     elapsed += options.elapsed_seconds;
     job.again = elapsed > 0.5;  // a restart waits a second before it
-    if (elapsed > 1) job.command.insert(job.command.end(), {"--elapsed", fmt::format("{:.0f}", elapsed)});
     return launch::run_local(job);
   });
 }
@@ -118,7 +122,11 @@ int train(const Options& options) {
   check_restarts(options, recipe);
   refuse_what_comes_later(recipe);
   engine_program();
-  if (recipe::saves_states(recipe)) take_signals();
+  if (ranks.place) launch::set_place(*ranks.place);
+  if (recipe::saves_states(recipe)) take_signals(ranks.place.has_value());
+  std::optional<EarlyStop> watch;
+  if (!ranks.node || !ranks.node->leash) watch.emplace(recipe, options, ranks);  // else the leader looks
+  check_meeting_place(ranks);
   if (ranks.speaks() && !ranks.chosen) say("device: {}", device_words(ranks));
 
   const models::Spec spec = find_model(recipe, Fetch::kWeights);
@@ -129,6 +137,8 @@ int train(const Options& options) {
   const plan::Plan plan = plan::make(recipe, spec, machine, ranks.world, facts);
   if (!plan.fits) throw WillNotFit(plan.why_not);
 
+  wait_for_machines(ranks);
+  watch.reset();
   return run_ranks(options, ranks, machine, engine_command(options, ranks.cuda, machine, spec, tokenizer_folder(recipe), facts));
 }
 

@@ -1,6 +1,7 @@
 // What `ulysses` can be asked to do: one function a verb; the table is in main.cc. Each returns the exit code or throws.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -49,7 +50,8 @@ struct Options {
   std::string profile_path;  // passed on to the engine
   bool restart_data = false;       // train: go on from a state with the data from its beginning
   int64_t max_restarts = 0;        // train: starts again after exit code 75
-  double elapsed_seconds = 0;      // since the job was started for the first time
+  double elapsed_seconds = 0;      // between the job's first start and this process's
+  std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();  // this process
   std::string from, to;            // export: the state, the model's folder
 };
 

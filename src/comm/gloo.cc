@@ -36,7 +36,7 @@ int64_t Store::add(const std::string& key, int64_t number) { return inside_->sto
 namespace {
 
 // TCPStore's server listens at every interface; a job needs only the one by which its ranks come, so that is bound here and handed
-// over. -1: the address is not this machine's own, as behind a translation of addresses.
+// over.
 int listen_at(in_addr interface, int port) {
   const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) throw std::runtime_error(fmt::format("socket: {}", std::strerror(errno)));
@@ -49,7 +49,6 @@ int listen_at(in_addr interface, int port) {
   if (::bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at) != 0 || ::listen(fd, SOMAXCONN) != 0) {
     const int error = errno;
     ::close(fd);
-    if (error == EADDRNOTAVAIL) return -1;
     throw std::runtime_error(fmt::format("{}", std::strerror(error)));
   }
   return fd;

@@ -20,7 +20,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-constexpr milliseconds kLook{40};  // between looks at whether all have come
+constexpr milliseconds kLook{40};    // between looks at whether all have come
+constexpr milliseconds kLeave{4000};  // for who was interrupted to tell the others, which may be loading their libraries
 
 std::optional<std::string> variable(const char* name) {
   const char* value = std::getenv(name);
@@ -55,23 +56,26 @@ TcpAddress address_of(const Rendezvous& r) {
 
 bool interrupted(const Rendezvous& r) { return r.interrupted && r.interrupted(); }
 
-[[noreturn]] void did_not_meet(const Rendezvous& r, const std::string& why) {
-  throw DeviceError(fmt::format("rank {}: the {} ranks did not meet at {}:{} within {} s: {}", r.rank, r.size, r.address, r.port, std::chrono::duration_cast<std::chrono::seconds>(r.timeout).count(), why));
+[[noreturn]] void did_not_meet(const Rendezvous& r, Clock::time_point began, const std::string& why) {
+  throw DeviceError(fmt::format("rank {}: the {} ranks did not meet at {}:{} within {} s: {}", r.rank, r.size, r.address, r.port, std::chrono::ceil<std::chrono::seconds>(Clock::now() - began).count(), why));
 }
 
 // Rank 0 begins to serve it; the others wait until it does.
 std::shared_ptr<Store> open_store(const Rendezvous& r) {
   TcpAddress address = address_of(r);
   address.serves = r.rank == 0 && !r.served_elsewhere;
-  for (const Clock::time_point end = Clock::now() + r.timeout;;) {
-    if (interrupted(r)) give_up();
+  const Clock::time_point began = Clock::now();
+  Clock::time_point end = began + r.timeout;
+  for (bool leaving = false;;) {
+    if (!leaving && interrupted(r)) leaving = true, end = Clock::now() + kLeave, address.patience = kLeave / 8;
     try {
       return open_tcp_store(address);
     } catch (const std::exception& e) {
       const std::string why = first_line(e.what());
       if (address.serves && (why.find("in use") != std::string::npos || why.find("EADDRINUSE") != std::string::npos))
         user_error("port {} at {} is in use by another program; choose another {}", r.port, r.address, r.by_ulysses ? "with --master_port" : "by the environment variable MASTER_PORT, the same for all ranks");
-      if (address.serves || Clock::now() > end) did_not_meet(r, why);
+      if (leaving && Clock::now() > end) give_up();
+      if (address.serves || Clock::now() > end) did_not_meet(r, began, why);
     }
     std::this_thread::sleep_for(kLook);
   }
@@ -85,6 +89,7 @@ class Meeting {
 
   void wait() {
     try {
+      if (interrupted(r_)) add("stop", 1);  // before it counts as come: who only leaves must not be taken for one that stays
       add("met", 1);
       add(fmt::format("met/{}", r_.rank), 1);
       r_.rank == 0 ? lead() : follow();
@@ -92,7 +97,7 @@ class Meeting {
       throw;
     } catch (const std::exception& e) {
       if (interrupted(r_)) give_up();
-      did_not_meet(r_, first_line(e.what()));
+      did_not_meet(r_, began_, first_line(e.what()));
     }
   }
 
@@ -102,25 +107,27 @@ class Meeting {
 
   void lead() {
     for (;;) {
+      const bool all = count("met") >= r_.size;
       if (interrupted(r_) || count("stop") > 0) {
         add("go", -1);
-        for (const Clock::time_point end = Clock::now() + kFarewell; count("left") + 1 < count("met") && Clock::now() < end;) std::this_thread::sleep_for(kLook);
+        for (const Clock::time_point end = Clock::now() + kLeave; count("left") + 1 < r_.size && Clock::now() < end;) std::this_thread::sleep_for(kLook);
         give_up();
       }
-      if (count("met") >= r_.size) break;
+      if (all) break;
       pause([&] { return missing(); });
     }
     add("go", 1);
   }
 
   void follow() {
-    bool told = false;
+    std::optional<Clock::time_point> told;
     for (int64_t go = 0; (go = count("go")) <= 0;) {
       if (go < 0) {
         add("left", 1);
         give_up();
       }
-      if (!told && interrupted(r_)) add("stop", 1), told = true;
+      if (!told && interrupted(r_)) add("stop", 1), told = Clock::now();
+      if (told && Clock::now() - *told > kLeave) give_up();  // rank 0 reads it when it comes, if the store is there then
       pause([] { return std::string("rank 0 has not said that all have come"); });
     }
   }
@@ -128,7 +135,7 @@ class Meeting {
   template <typename Why>
   void pause(Why&& why) {
     const Clock::time_point now = Clock::now();
-    if (now - began_ > r_.timeout) did_not_meet(r_, why());
+    if (now - began_ > r_.timeout) did_not_meet(r_, began_, why());
     std::this_thread::sleep_for(now - began_ < kSoon ? kLook : 5 * kLook);
   }
 
@@ -139,7 +146,7 @@ class Meeting {
     return fmt::format("missing: rank {}", list);
   }
 
-  static constexpr milliseconds kFarewell{1000}, kSoon{5000};
+  static constexpr milliseconds kSoon{5000};
   const Rendezvous& r_;
   Store& store_;
   const Clock::time_point began_ = Clock::now();

@@ -45,7 +45,7 @@ Rendezvous rendezvous_from_environment();
 class World {
  public:
   // Returns when all ranks have come. Throws DeviceError if they do not come in time, UserError if the port is taken, and an Error with
-  // Exit::kPreempted on each rank that has come, if any of them is interrupted before that. From its beginning, and as long as it
+  // Exit::kPreempted on each rank that has come, or comes within seconds, if any of them is interrupted before that. From its beginning, and as long as it
   // lives, a rank that gives no sign of life any more ends this process: a DeviceError that names it leaves a thread.
   static World join(const Rendezvous& rendezvous);
 

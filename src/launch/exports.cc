@@ -81,6 +81,7 @@ Variables exported_variables() {
   const std::string name = variable("DS_ENV_FILE").value_or(".deepspeed_env");
   std::error_code error;
   const fs::path here = fs::current_path(error) / name, home = fs::path(variable("HOME").value_or("/")) / name;
+  ULY_USER_CHECK(!variable("DS_ENV_FILE") || fs::is_regular_file(here, error) || fs::is_regular_file(home, error), "environment variable DS_ENV_FILE: expected a file of lines KEY=VALUE, found none at {} nor at {}", here.string(), home.string());
   if (here != home) read_file(home, all);
   read_file(here, all);
   return all;

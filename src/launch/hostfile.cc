@@ -90,6 +90,7 @@ std::vector<Host> read_hostfile(const std::string& path) {
   std::vector<Host> hosts;
   std::string text;
   for (int64_t number = 1; std::getline(file, text); ++number) {
+    if (number == 1 && text.starts_with("\xef\xbb\xbf")) text.erase(0, 3);  // as some editors begin a file
     const std::string_view line = trimmed(std::string_view(text).substr(0, text.find('#')));
     if (line.empty()) continue;
     const std::string where = fmt::format("{}:{}", path, number);

@@ -31,6 +31,7 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 
 constexpr seconds kBeat{2};          // between signs of life
+constexpr seconds kLook{1};          // between looks at why to stop
 constexpr seconds kHello{60};        // for all machines to answer
 constexpr milliseconds kSettle{700}; // machines that fail together are seen one after the other
 constexpr seconds kGrace{6};         // between SIGTERM, SIGKILL for what is left, and the end of the connection
@@ -138,6 +139,7 @@ class Leader {
       say("stopped before the first step; start again");
       return static_cast<int>(Exit::kPreempted);
     }
+    if (asked_by_itself_) return static_cast<int>(Exit::kDone);
     say("stopped by {}", signal_name(asked_to_end_));
     return 128 + asked_to_end_;
   }
@@ -147,6 +149,7 @@ class Leader {
   void start(const Host& host);
   void send_job();
   void turn();
+  void look();
   void read(Follower& f);
   void take(Follower& f, const std::string& line, bool error);
   void act();
@@ -186,7 +189,8 @@ class Leader {
   const Follower* cause_ = nullptr;
   bool killed_rest_ = false;
   int asked_to_end_ = 0;
-  Clock::time_point asked_at_{};
+  Clock::time_point asked_at_{}, looked_at_{};
+  bool asked_by_itself_ = false;  // by the recipe, not by a signal
   bool gone_ = false;           // all are ready: ranks run
   std::set<std::string> said_;  // until then; what each machine finds for itself is told once
 };
@@ -276,6 +280,7 @@ void Leader::turn() {
     asked_to_end_ = signal;
     tell(fmt::format("signal {}\n", signal));
   }
+  look();
   if (const auto now = Clock::now(); now - beat_ > kBeat) beat_ = now, tell("\n");
   for (Follower& f : followers_) {
     read(f);
@@ -287,6 +292,20 @@ void Leader::turn() {
     close_in(f);
     if (f.failed() && !f.saved() && !failed_at_) failed_at_ = Clock::now();
   }
+}
+
+// Until ranks run, who look for themselves.
+void Leader::look() {
+  const auto now = Clock::now();
+  if (gone_ || asked_to_end_ != 0 || now - looked_at_ < kLook) return;
+  looked_at_ = now;
+  const bool one_was_asked = std::any_of(followers_.begin(), followers_.end(), [](const Follower& f) { return f.saved(); });  // the others wait for it
+  const std::string why = one_was_asked ? "" : job_.why_to_stop();
+  if (why.empty() && !one_was_asked) return;
+  if (!why.empty()) say("{}: stopping before the first step", why), asked_by_itself_ = true;
+  asked_at_ = now;
+  asked_to_end_ = SIGTERM;
+  tell(fmt::format("signal {}\n", SIGTERM));
 }
 
 void Leader::read(Follower& f) {

@@ -2,6 +2,7 @@
 
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -13,6 +14,7 @@
 #include <csignal>
 #include <cstring>
 #include <optional>
+#include <thread>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -275,6 +277,23 @@ int free_port() {
   if (fd >= 0) ::close(fd);
   if (!found) throw DeviceError(fmt::format("no free port on this machine: {}", std::strerror(error)));
   return ntohs(at.sin_port);
+}
+
+void check_meeting_place(const std::string& address, bool serves, const std::string& said_by) {
+  constexpr std::chrono::seconds kPatience{10};
+  const auto end = Clock::now() + kPatience;
+  addrinfo hints{}, *found = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  for (int error; (error = ::getaddrinfo(address.c_str(), nullptr, &hints, &found)) != 0; std::this_thread::sleep_for(milliseconds(500)))
+    ULY_USER_CHECK(Clock::now() < end, "{}: the ranks are to meet at {}, a name that has no address here: {}: expected an address of rank 0's machine that all can reach", said_by, address, ::gai_strerror(error));
+  bool own = !serves;
+  for (const addrinfo* at = found; at && !own; at = at->ai_next) {
+    const int fd = ::socket(at->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    own = fd >= 0 && (::bind(fd, at->ai_addr, at->ai_addrlen) == 0 || errno != EADDRNOTAVAIL);  // at any port
+    if (fd >= 0) ::close(fd);
+  }
+  ::freeaddrinfo(found);
+  ULY_USER_CHECK(own, "{}: rank 0 cannot listen at {}: it is not an address of this machine: expected one of its own that all can reach", said_by, address);
 }
 
 }  // namespace uly::launch

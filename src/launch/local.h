@@ -37,4 +37,8 @@ Ended run_local(const LocalJob& job);
 // A TCP port that nobody listens at, at any of this machine's addresses.
 int free_port();
 
+// Where ranks are to meet has to have an address, and where this machine `serves` it one of its own. `said_by`: what has said `address`. A name
+// may be new: it is looked up for some seconds. Throws UserError.
+void check_meeting_place(const std::string& address, bool serves, const std::string& said_by);
+
 }  // namespace uly::launch

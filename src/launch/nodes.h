@@ -57,6 +57,7 @@ struct Lead {
   int master_port = 0;                 // 0: a free one there
   int ssh_port = 0;                    // 0: ssh's own choice
   bool saves = false;                  // asked to stop, ranks save and end with 85; before there are any, the job ends with it too
+  std::function<std::string()> why_to_stop;  // looked at until ranks run, besides signals; "" to go on
   // Given what each follower said of its machine, in the order of hosts. Adds to the arguments; throws what cannot be.
   std::function<std::vector<std::string>(const std::vector<Json>&)> agree;
 };

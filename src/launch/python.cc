@@ -79,7 +79,7 @@ namespace {
 
 std::string run(const std::string& module, const std::vector<std::string>& arguments, int in_fd) {
   const std::string python = python_path();
-  ULY_USER_CHECK(fs::exists(python), "{}: expected the Python environment here; `make setup` makes it, ULYSSES_PYTHON names another", python);
+  ULY_USER_CHECK(::access(python.c_str(), X_OK) == 0, "{}: expected the Python environment here: {}; `make setup` makes it, ULYSSES_PYTHON names another", python, std::strerror(errno));
   std::vector<std::string> command = {python, "-m", module};
   command.insert(command.end(), arguments.begin(), arguments.end());
   const Output output = run_and_capture(command, in_fd);
@@ -90,6 +90,8 @@ std::string run(const std::string& module, const std::vector<std::string>& argum
     throw DeviceError(fmt::format("{} was killed by signal {} ({}){}", module, signal, signal_name(signal), hint));
   }
   if (is_ours(output.exit_code)) throw Error(static_cast<Exit>(output.exit_code), "");
+  constexpr int kTraceback = 1;  // of Python itself: what is ours ends with another code
+  ULY_USER_CHECK(output.exit_code != kTraceback || !variable("ULYSSES_PYTHON"), "environment variable ULYSSES_PYTHON: {} cannot run {}, see above: expected a Python with ulysses_plus and what it needs", python, module);
   if (output.exit_code != 0) throw InternalError(fmt::format("{} failed with exit code {}", module, output.exit_code));
   const size_t last = output.text.find_last_not_of(" \n");
   if (last == std::string::npos) throw InternalError(fmt::format("{} printed no answer", module));

@@ -114,7 +114,7 @@ std::vector<Field> run_fields() {
        .kind = kHumanNumber,
        .initial = "0",
        .min = 0,
-       .doc = "Seconds of wall-clock time from the start of the ranks, such as `42_000`, or 11:40:00, which YAML reads as seconds; then the run stops: where a state is saved (`checkpoint` of type `deepspeed`) with exit code 85, else saving as at its end. 0: never.",
+       .doc = "Seconds of wall-clock time from the start of `ulysses`, such as `42_000`, or 11:40:00, which YAML reads as seconds; then the run stops: where a state is saved (`checkpoint` of type `deepspeed`) with exit code 85, else saving as at its end. 0: never.",
        .set = into(&Recipe::exit_after_seconds)},
       {.name = "on_nan",
        .initial = "stop",

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "recipe/secret.h"
 
 namespace uly::recipe {
 namespace {
@@ -26,7 +27,7 @@ std::optional<size_t> index_of(const std::string& part) {
 }
 
 struct Path {
-  const std::string& assignment;
+  std::string assignment;  // as it may be shown
   std::vector<std::string> parts;
 };
 
@@ -80,10 +81,12 @@ NodePtr replaced(const NodePtr& old, const Path& path, size_t at, const NodePtr&
 
 NodePtr with_override(const NodePtr& root, const std::string& assignment) {
   const size_t equals = assignment.find('=');
-  const Path path{assignment, parts_of(assignment.substr(0, equals))};
+  const std::string key = assignment.substr(0, equals);
+  Path path{assignment, parts_of(key)};
+  if (std::any_of(path.parts.begin(), path.parts.end(), names_a_secret)) path.assignment = key + "=hidden";
   const bool named = std::none_of(path.parts.begin(), path.parts.end(), [](const std::string& part) { return part.empty(); });
-  ULY_USER_CHECK(equals != std::string::npos && named, "command line: expected key.path=value, found '{}'", assignment);
-  const NodePtr value = read_yaml(assignment.substr(equals + 1), fmt::format("command line: '{}'", assignment), false);
+  ULY_USER_CHECK(equals != std::string::npos && named, "command line: expected key.path=value, found '{}'", path.assignment);
+  const NodePtr value = read_yaml(assignment.substr(equals + 1), fmt::format("command line: '{}'", path.assignment), false);
   return replaced(root, path, 0, value);
 }
 

@@ -456,7 +456,7 @@ void say_tiers(Session& s) {
 
 int run(const Job& job, comm::World& world) {
   const c10::InferenceMode no_autograd;
-  const Clock::time_point began = Clock::now() - std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(job.elapsed_seconds));
+  const Clock::time_point began = job.began > 0 ? Clock::time_point(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(job.began))) : Clock::now();
   const int64_t before = memory::resident_bytes();
   Session session(job, world);
   if (session.first())
@@ -477,6 +477,14 @@ int run(const Job& job) {
   place.interrupted = [] { return noticed_signal() != 0; };  // only where signals are noticed
   comm::World world = comm::World::join(place);
   return run(job, world);
+}
+
+void leave() {
+  notice_signals();
+  admit_signals();
+  comm::Rendezvous place = comm::rendezvous_from_environment();
+  place.interrupted = [] { return true; };
+  comm::World::join(place);  // does not return where there are others
 }
 
 }  // namespace uly::train

@@ -25,7 +25,7 @@ struct Job {
   std::string disk_faults;    // for tests: memory::faults_from
   bool rehearse = false;      // one step without data, weights and arithmetic: train/rehearse.h
   bool json = false;          // what a rehearsal says is for programs
-  double elapsed_seconds = 0; // since the job was started for the first time: counts for exit_after
+  double began = 0;           // when the job was started for the first time, in seconds of this machine's steady clock: counts for exit_after; 0: now
   bool restart_data = false;  // go on from a state with the data from its beginning
   std::string profile;        // if not empty: where rank 0 writes a Chrome trace of the third step, or of the last before
 };
@@ -35,5 +35,8 @@ int run(const Job& job);
 
 // The same, as one rank of a world that has been joined.
 int run(const Job& job, comm::World& world);
+
+// Joins the ranks named by the environment only to tell them that this one was asked to stop: all that have come end. Throws as joining does.
+void leave();
 
 }  // namespace uly::train

@@ -128,6 +128,11 @@ def test_srun_on_two_nodes(slurm, folder):
     assert losses(folder) == losses(folder / "expected")
 
 
+def test_srun_where_the_first_nodes_name_means_nothing(slurm, folder):
+    done = subprocess.run(["srun", "-N", "2", "-n", "2", "--ntasks-per-node", "1", str(ULYSSES), "run.yml", "--device", "cpu"], cwd=folder, env=fixtures.environment(**slurm), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "the ranks are to meet at n1, a name that has no address here: " in done.stderr, done.stderr
+
+
 def test_srun_on_one_node(slurm, folder):
     run(folder, "srun", "-N", 1, "-n", 2, ULYSSES, "run.yml", "--device", "cpu", **slurm)
     assert losses(folder) == losses(folder / "expected")

@@ -202,6 +202,7 @@ def test_the_hub_cache_is_where_huggingface_hub_has_it(job, environment, folder)
     (["train", "run.yml", "--num_nodes", "2"], "--num_nodes: expected a --hostfile that names the machines"),
     (["train", "run.yml", "--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
     (["train", "run.yml", "--num_gpus", "3"], "sequence_parallel_size (run.yml:3): expected a divisor of 3 ranks, found 2"),
+    (["train", "run.yml", "--max_restarts", "-1"], "--max_restarts: expected a whole number from 0 on, found '-1'"),
     (["train", "run.yml", "--num_gpus", "0"], "--num_gpus: expected a whole number of at least 1, found '0'"),
 ])
 def test_refuses_with_one_sentence_and_2(job, arguments, said):
@@ -234,6 +235,16 @@ def test_the_exit_code_of_the_python_side_is_passed_on(job):
     write_script(job.folder / "python", "#!/bin/sh\necho 'the network is down' >&2\nexit 75\n")
     done = job.run("prepare", "run.yml")
     assert (done.returncode, done.err) == (75, "the network is down\n")
+
+
+def test_a_python_that_cannot_be_used_is_named(job):
+    write_script(job.folder / "python", "#!/bin/sh\necho 'No module named ulysses_plus' >&2\nexit 1\n")
+    python = job.folder / "python"
+    done = job.run("prepare", "run.yml")
+    assert (done.returncode, done.err) == (2, f"No module named ulysses_plus\nenvironment variable ULYSSES_PYTHON: {python} cannot run ulysses_plus.prepare, see above: expected a Python with ulysses_plus and what it needs\n")
+    python.chmod(0o644)
+    done = job.run("prepare", "run.yml")
+    assert (done.returncode, done.err) == (2, f"{python}: expected the Python environment here: Permission denied; `make setup` makes it, ULYSSES_PYTHON names another\n")
 
 
 def test_prepare_prints_the_facts(job):
@@ -449,3 +460,19 @@ def test_a_broken_environment_is_named(job, change, said):
 def test_a_missing_engine_is_named(job):
     done = job.run("run.yml", ULYSSES_ENGINE="/nowhere/engine")
     assert done.returncode == 2 and done.err.startswith("/nowhere/engine: expected the engine here")
+
+
+@pytest.mark.parametrize("address, said", [
+    ("192.0.2.7", "rank 0 cannot listen at 192.0.2.7: it is not an address of this machine: expected one of its own that all can reach"),
+    ("nonsense.invalid", "the ranks are to meet at nonsense.invalid, a name that has no address here: "),
+])
+@pytest.mark.parametrize("by", ["--master_addr", "environment variable MASTER_ADDR"])
+def test_an_address_at_which_ranks_cannot_meet_is_said_at_once(job, by, address, said):
+    """Before anything is prepared."""
+    (job.folder / "hosts").write_text("here slots=1\nthere slots=1\n")
+    if by == "--master_addr":
+        done = job.run("run.yml", "--device", "cpu", "-H", "hosts", "--no_ssh", "--node_rank", "0", "--master_addr", address)
+    else:
+        done = job.run("run.yml", "--device", "cpu", RANK="0", WORLD_SIZE="2", MASTER_ADDR=address, MASTER_PORT="29879")
+    assert done.returncode == 2 and done.err.startswith(f"{by}: {said}") and len(done.err.splitlines()) == 1, done.err
+    assert not (job.notes / "request.json").exists() and not (job.notes / "rank0").exists()

@@ -53,6 +53,28 @@ def test_asked_to_stop_before_all_machines_have_answered_it_ends_with_85(job):
     assert process.returncode == 128 + signal.SIGTERM and said.splitlines()[-1] == "stopped by SIGTERM"
 
 
+def test_the_kill_switch_ends_a_preparation_on_all_machines(job):
+    test_cli.write_script(job.folder / "python", "#!/bin/sh\ntouch prepares\nexec sleep 60\n")
+    for more, code in (((), 85), (("checkpoint=[]",), 0)):    # nothing would be saved: as its run ends
+        process = job.start(*OVER_SSH, "kill_switch_path=stop", *more)
+        wait_for((job.folder / "prepares").exists)
+        (job.folder / "stop").touch()
+        _, said = process.communicate(timeout=10)
+        assert process.returncode == code and "stop exists: stopping before the first step" in said.splitlines(), said
+        (job.folder / "stop").unlink()
+        (job.folder / "prepares").unlink()
+
+
+def test_one_machine_asked_to_stop_while_data_are_prepared_ends_all(job):
+    test_cli.write_script(job.folder / "python", "#!/bin/sh\ntouch prepares.$$\nexec sleep 60\n")
+    process = job.start(*OVER_SSH)
+    wait_for(lambda: len(list(job.folder.glob("prepares.*"))) == 2)
+    follower = next(place for place in test_cli.fixtures.processes_in(job.folder, "ulysses") if (place / "cmdline").read_bytes().endswith(b"\0follow\0"))
+    os.kill(int(follower.name), signal.SIGTERM)
+    _, said = process.communicate(timeout=15)
+    assert process.returncode == 85 and said.splitlines()[-1] == "stopped before the first step; start again", said
+
+
 def test_asked_to_stop_between_restarts_it_ends_with_85(job):
     process = job.start(*OVER_SSH, "--max_restarts", "5", actions={1: [["exit", 75]], 0: [["sleep", 30]]})
     said = ""
@@ -62,6 +84,13 @@ def test_asked_to_stop_between_restarts_it_ends_with_85(job):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=10)
     assert process.returncode == 85 and said == "stopped before the first step; start again\n"
+
+
+def test_a_file_of_variables_that_is_not_there_is_named(job):
+    done = job.run(*OVER_SSH, DS_ENV_FILE="nofile")
+    assert (done.returncode, done.err) == (2, f"environment variable DS_ENV_FILE: expected a file of lines KEY=VALUE, found none at {job.folder}/nofile nor at {job.folder}/nofile\n")
+    (job.folder / "hosts").write_bytes(b"\xef\xbb\xbfaway slots=1\nfurther slots=1\n")    # as some editors begin a file
+    assert job.run(*OVER_SSH).returncode == 0
 
 
 def test_many_variables_arrive(job):

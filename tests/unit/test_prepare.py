@@ -7,6 +7,7 @@ import lzma
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -616,6 +617,33 @@ def test_where_locks_do_not_reach_a_claim_keeps_others_waiting(tmp_path, tokeniz
     (tmp_path / "x.safetensors.claim").write_text("elsewhere 1\n")
     other()
     assert order[-1] == "other" and not (tmp_path / "x.safetensors.claim").exists()
+
+
+def test_a_lock_has_the_users_umask_and_another_user_needs_the_right_to_read_it():
+    from ulysses_plus.cache_lock import CacheLock
+
+    if os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        path = Path(folder) / "x.safetensors"
+        for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+            before = os.umask(umask)
+            with CacheLock(str(path), "local"):
+                assert (Path(folder) / "x.safetensors.lock").stat().st_mode & 0o777 == mode
+            os.umask(before)
+            os.seteuid(65534)
+            try:
+                if mode == 0o644:
+                    with CacheLock(str(path), "local"):
+                        pass
+                    assert not list(Path(folder).glob("*.claim"))
+                else:
+                    with pytest.raises(UserError, match=r"x.safetensors.lock: another user's lock on the same data, which cannot be opened: expected the right to read it"):
+                        CacheLock(str(path), "local").__enter__()
+            finally:
+                os.seteuid(0)
+            (Path(folder) / "x.safetensors.lock").unlink()
 
 
 def test_the_kind_of_a_file_system_is_that_of_its_mount():
