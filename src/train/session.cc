@@ -59,7 +59,7 @@ int64_t first_not_finite(const std::vector<std::byte>& bytes, Dtype dtype) {
 }  // namespace
 
 Session::Session(const Job& job, comm::World& world) 
-    : world_(world), recipe_(recipe::load(job.recipe_path, job.overrides)), tokenizer_folder_(job.tokenizer_folder.empty() ? job.model_folder : job.tokenizer_folder) {
+    : world_(world), machines_(world), recipe_(recipe::load(job.recipe_path, job.overrides)), tokenizer_folder_(job.tokenizer_folder.empty() ? job.model_folder : job.tokenizer_folder) {
   compare_ranks();
   models::Spec spec = models::find(job.model_folder, "", recipe_.model.hf_config_kwargs);
   spec.name = recipe_.model.name_or_path;
@@ -87,6 +87,7 @@ Session::Session(const Job& job, comm::World& world)
   if (!job.rehearse) data = plan::DataFacts{.tokens_path = job.tokens_path, .eval_tokens_path = job.eval_tokens_path};
   plan_ = plan::make(recipe_, spec, machine_, world_.size(), data);
   if (!plan_.fits) throw WillNotFit(plan_.why_not);
+  compare_data(machines_, plan_);
   agree();
 
   mesh_ = plan_.mesh;
@@ -143,7 +144,11 @@ void Session::agree() {
 void Session::load_weights() {
   const bool random = recipe_.model.random_init || spec().randomly_initialized;
   std::optional<checkpoint::HubReader> reader;
-  if (!random) reader.emplace(spec().folder, spec());
+  if (!random) {
+    reader.emplace(spec().folder, spec());
+    const int64_t other = Machines::first_other(machines_.ask([&] { return reader->fingerprint(units()); }));
+    ULY_USER_CHECK(other < 0, "{}: the weights in {} there are not those of {}: expected the same model on all machines", machines_.words(static_cast<size_t>(other)), spec().folder, machines_.words(0));
+  }
   for (size_t u = 0; u < units().size(); ++u) {
     const step::UnitState& state = states_.units[u];
     const int64_t n = state.master.columns, begin = mesh_.rank * n, end = std::min(begin + n, units()[u].elements);

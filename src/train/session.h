@@ -12,6 +12,7 @@
 #include "plan/plan.h"
 #include "recipe/recipe.h"
 #include "step/decoder.h"
+#include "train/machines.h"
 #include "train/train.h"
 
 namespace uly::train {
@@ -57,6 +58,7 @@ class Session {
 
   bool first() const { return world_.rank() == 0; }
   comm::World& world() { return world_; }
+  Machines& machines() { return machines_; }
   const recipe::Recipe& recipe() const { return recipe_; }
   const models::Spec& spec() const { return model_->spec; }
   const std::vector<models::Unit>& units() const { return model_->units; }
@@ -94,6 +96,7 @@ class Session {
   std::vector<uint8_t> gather(const ops::Buffer& shard);
 
   comm::World& world_;
+  Machines machines_;
   recipe::Recipe recipe_;
   std::string tokenizer_folder_;
   std::unique_ptr<step::Model> model_;
