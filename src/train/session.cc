@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <fstream>
+#include <iterator>
 #include <span>
 
 #include "base/check.h"
@@ -18,6 +20,7 @@
 #include "launch/nccl.h"
 #include "launch/nodes.h"
 #include "plan/exchanges.h"
+#include "train/save.h"
 #include "train/states.h"
 
 namespace uly::train {
@@ -61,6 +64,7 @@ int64_t first_not_finite(const std::vector<std::byte>& bytes, Dtype dtype) {
 Session::Session(const Job& job, comm::World& world) 
     : world_(world), machines_(world), recipe_(recipe::load(job.recipe_path, job.overrides)), tokenizer_folder_(job.tokenizer_folder.empty() ? job.model_folder : job.tokenizer_folder) {
   compare_ranks();
+  if (!job.rehearse) lock_folders();
   models::Spec spec = models::find(job.model_folder, "", recipe_.model.hf_config_kwargs);
   spec.name = recipe_.model.name_or_path;
   const auto place = launch::place_in_job();
@@ -132,6 +136,27 @@ void Session::compare_ranks() {
     const std::vector<std::string> changes = changes_between(first.at("recipe"), other.at("recipe"));
     user_error("rank {}: its recipe is not rank 0's: {} there: all ranks need the same", r, changes.empty() ? "?" : changes[0]);
   }
+}
+
+// Keeps the folders for states for this run, before any is read. Throws UserError where another run has one, or a machine does not see it.
+void Session::lock_folders() {
+  const std::string job = launch::variable("SLURM_JOB_ID").value_or("");
+  on_first(world_, [&] {
+    for (const recipe::Checkpoint& c : recipe_.checkpoint)
+      if (c.enabled && c.type != "huggingface") locks_.emplace_back(c.output_dir, fmt::format("pid {} on {}{}", ::getpid(), comm::machine_name(), job.empty() ? "" : ", SLURM job " + job));
+  });
+  Json written = Json::object();
+  for (const checkpoint::RunLock& lock : locks_)
+    if (!lock.content().empty()) written[lock.path()] = lock.content();
+  written = Json::parse(world_.all().exchange(written.dump())[0]);
+  const std::vector<std::string> unseen = machines_.ask([&]() -> std::string {
+    for (const auto& [path, content] : written.items()) {
+      std::ifstream file(path, std::ios::binary);
+      if (std::string(std::istreambuf_iterator<char>(file), {}) != content.get<std::string>()) return path;
+    }
+    return "";
+  });
+  for (size_t r = 0; r < unseen.size(); ++r) ULY_USER_CHECK(unseen[r].empty(), "output_dir has to be on a file system that all machines share: {} does not see {} of {}", machines_.name(r), unseen[r], machines_.name(0));
 }
 
 // Throws UserError naming the first rank whose plan differs: a difference would be a wait without end later.

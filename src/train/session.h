@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "checkpoint/run_lock.h"
 #include "checkpoint/state.h"
 #include "comm/world.h"
 #include "data/batch.h"
@@ -88,6 +89,7 @@ class Session {
   void load(const Program& program, data::Batch batch, double scale);
   const Program& update_program();
   void compare_ranks();
+  void lock_folders();
   void agree();
   void load_weights();
   void empty_states();
@@ -98,6 +100,7 @@ class Session {
   comm::World& world_;
   Machines machines_;
   recipe::Recipe recipe_;
+  std::vector<checkpoint::RunLock> locks_;  // of the folders for states; of the first rank
   std::string tokenizer_folder_;
   std::unique_ptr<step::Model> model_;
   plan::Plan plan_;

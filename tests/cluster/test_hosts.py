@@ -240,6 +240,23 @@ def test_machines_with_copies_of_their_own_train_the_same_or_nothing(job, own_co
     assert f"rank 2 on {b}: the weights in model there are not those of rank 0 on {a}: expected the same model on all machines" in job.run("checkpoint=[]", code=2)[1]
 
 
+def test_states_that_not_all_machines_see_are_said(job, tmp_path_factory):
+    """Another folder in the place of all states, of one, without the newest: nothing is renamed, no older one is used."""
+    states = job.folder / "states"
+    saves = ("checkpoint=[{output_dir: states, save_every_n_steps: 1, auto_resume: true}]", "exit_iteration_this_run=2")
+    job.run(*saves)
+    before = sorted(states.rglob("*"))
+    for place, missing in ((states, "states/run.lock"), (states / "global_step_2", "states/global_step_2/manifest.json")):
+        with job.hosts[1].own(place, tmp_path_factory.mktemp("own")):
+            _, said = job.run(*saves, code=2)
+        assert "output_dir has to be on a file system that all machines share: " in said and f"{job.hosts[1].address} does not see {missing}" in said and "DAMAGED" not in said, said
+    with job.hosts[0].own(states / "global_step_2", tmp_path_factory.mktemp("own")):
+        _, said = job.run(*saves, code=2)
+    assert f"{job.hosts[0].address} does not see states/global_step_2" in said, said
+    assert sorted(states.rglob("*")) == before
+    assert "going on from states/global_step_2" in job.run(*saves)[1]
+
+
 def test_other_data_to_evaluate_on_are_named(job, own_copy):
     for folder in (job.folder, own_copy):
         (folder / "eval.jsonl").write_text((folder / "chats.jsonl").read_text())
