@@ -208,7 +208,8 @@ std::vector<std::string> find_states(const std::string& output_dir, const std::v
   std::error_code error;
   std::set<std::string> folders(more.begin(), more.end());
   for (const auto& entry : fs::directory_iterator(output_dir, error)) folders.insert(entry.path().string());
-  if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory) {
+  ULY_USER_CHECK(error != std::errc::not_a_directory, "{}: expected a folder, found a file", output_dir);
+  if (error && error != std::errc::no_such_file_or_directory) {
     errno = error.value();
     cannot_read(output_dir);
   }

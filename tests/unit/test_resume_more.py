@@ -101,6 +101,11 @@ def test_latest_that_is_a_folder_is_said(job):
     assert job.run(code=2).splitlines()[-1] == "states/latest: cannot be read: Is a directory: expected a file with the name of a state: remove it"
 
 
+def test_a_file_in_the_place_of_the_folder_is_said(job):
+    (job.folder / "states").touch()
+    assert job.run(code=2).splitlines()[-1] == "states: expected a folder, found a file"
+
+
 def test_a_run_begun_anew_mixes_with_no_other(job):
     job.run("exit_iteration_this_run=4")
     before = {path: path.stat().st_mtime_ns for path in (job.folder / "states").rglob("*.safetensors")}
