@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <iterator>
 #include <limits>
 #include <set>
 #include <utility>
@@ -42,6 +43,14 @@ int64_t free_bytes(const std::string& path) {
 }
 
 std::string cause() { return std::strerror(errno); }
+
+// By errno: what a user mends (no such file, no permission), or a device that may do better later (too many open files, a lost server).
+[[noreturn]] void refused(const std::string& path, const char* what) {
+  constexpr int kUsers[] = {ENOENT, ENOTDIR, EACCES, EPERM, ELOOP, ENAMETOOLONG, EISDIR, ENXIO, EINVAL};
+  const std::string words = fmt::format("{}: cannot be {}: {}", path, what, cause());
+  if (std::find(std::begin(kUsers), std::end(kUsers), errno) == std::end(kUsers)) throw DeviceError(words);
+  throw UserError(words);
+}
 
 // Reads the header's text; a key written twice or a nesting that no header has ends it.
 Header parse_header(const std::string& path, const char* text, int64_t bytes) {
@@ -119,7 +128,7 @@ void check_places(const std::string& path, std::vector<Claim>& claims, int64_t d
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  ULY_USER_CHECK(fd >= 0, "{}: cannot be opened: {}", path, cause());
+  if (fd < 0) refused(path, "opened");
   struct stat status {};
   const bool known = ::fstat(fd, &status) == 0;
   if (!known || !S_ISREG(status.st_mode)) {
@@ -128,9 +137,10 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   }
   size_ = status.st_size;
   void* data = size_ == 0 ? nullptr : ::mmap(nullptr, static_cast<size_t>(size_), PROT_READ, MAP_SHARED, fd, 0);
-  const std::string why = data == MAP_FAILED ? cause() : "";
+  const int error = errno;
   ::close(fd);
-  ULY_USER_CHECK(why.empty(), "{}: cannot be mapped: {}", path, why);
+  errno = error;
+  if (data == MAP_FAILED) refused(path, "mapped");
   data_ = static_cast<const uint8_t*>(data);
 }
 

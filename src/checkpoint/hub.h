@@ -27,6 +27,10 @@ class HubReader {
   // Memory      none beyond `out`; pages of the files come and go as the system likes
   void read(const models::Unit& unit, int64_t first_element, int64_t count, float* out) const;
 
+  // By which other weights are told from these: a hash of each tensor's name, dtype and shape, and of its bytes: all of a small
+  // one, eight blocks of 4 KiB of another, the first and the last among them.
+  std::string fingerprint(const std::vector<models::Unit>& units) const;
+
  private:
   const TensorEntry* find(const std::string& name) const;
   const TensorEntry& at(const models::Tensor& tensor) const;

@@ -1,3 +1,5 @@
+#include <xxhash.h>
+
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
@@ -180,6 +182,24 @@ void HubReader::read(const models::Unit& unit, int64_t first_element, int64_t co
     filled = end;
   }
   std::fill(out + (filled - first_element), out + count, 0.0f);
+}
+
+std::string HubReader::fingerprint(const std::vector<models::Unit>& units) const {
+  constexpr int64_t kSmall = int64_t{64} << 10, kBlock = 4 << 10, kBlocks = 8;
+  uint64_t hash = 0;
+  const auto add = [&](const void* bytes, int64_t count) { hash = XXH3_64bits_withSeed(bytes, static_cast<size_t>(count), hash); };
+  for (const models::Unit& unit : units)
+    for (const models::Tensor& tensor : unit.tensors) {
+      const TensorEntry& entry = at(tensor);
+      const std::string words = fmt::format("{} {} {}", tensor.name, name_of(entry.dtype), shape_text(entry.shape));
+      add(words.data(), static_cast<int64_t>(words.size()));
+      if (entry.bytes <= kSmall) {
+        add(entry.data, entry.bytes);
+        continue;
+      }
+      for (int64_t i = 0; i < kBlocks; ++i) add(entry.data + (entry.bytes - kBlock) / (kBlocks - 1) * i + (i + 1 == kBlocks ? (entry.bytes - kBlock) % (kBlocks - 1) : 0), kBlock);
+    }
+  return fmt::format("{:016x}", hash);
 }
 
 }  // namespace uly::checkpoint

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <stdio.h>
+#include <unistd.h>
 #include <xxhash.h>
 
 #include <algorithm>
@@ -9,7 +10,6 @@
 #include <charconv>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <optional>
 
@@ -32,10 +32,41 @@ const char* name_of(Moment moment) { return moment == Moment::kMaster ? "master"
 
 std::string hex(uint64_t digest) { return fmt::format("{:016x}", digest); }
 
-std::optional<std::string> text_of(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return std::nullopt;
-  return std::string(std::istreambuf_iterator<char>(file), {});
+// What errno says of a state's file or folder; what it says of the path alone is damage.
+[[noreturn]] void cannot_read(const std::string& path) {
+  constexpr int kOfThePath[] = {ENOTDIR, EISDIR, ELOOP, ENAMETOOLONG, ENXIO, EINVAL};
+  if (errno == ENOENT) throw MissingFile(path);
+  const std::string words = fmt::format("{}: cannot be read: {}", path, std::strerror(errno));
+  if (errno == EACCES || errno == EPERM) throw UserError(words);
+  if (std::find(std::begin(kOfThePath), std::end(kOfThePath), errno) != std::end(kOfThePath)) throw DamagedState(words);
+  throw DeviceError(words);
+}
+
+std::string text_of(const std::string& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) cannot_read(path);
+  std::string text;
+  std::vector<char> piece(1 << 16);
+  ssize_t n = 0;
+  while ((n = ::read(fd, piece.data(), piece.size())) > 0 || (n < 0 && errno == EINTR)) text.append(piece.data(), static_cast<size_t>(std::max<ssize_t>(n, 0)));
+  const int error = errno;
+  ::close(fd);
+  errno = error;
+  if (n < 0) cannot_read(path);
+  return text;
+}
+
+// The state that `latest` names; "" where there is no such file.
+std::string latest_in(const std::string& output_dir) {
+  const std::string path = (fs::path(output_dir) / kLatest).string();
+  try {
+    const std::string text = text_of(path);
+    return text.substr(0, text.find('\n'));
+  } catch (const MissingFile&) {
+    return "";
+  } catch (const DamagedState& e) {
+    user_error("{}: expected a file with the name of a state: remove it", e.what());
+  }
 }
 
 // The digest of a manifest is over the rest of it.
@@ -64,8 +95,8 @@ std::optional<int64_t> step_of(const std::string& name) {
 
 // Also what is left of one: ranks' files without their manifest.
 bool is_state(const fs::path& folder) {
-  std::error_code ignored;
-  if (fs::is_regular_file(folder / kManifest, ignored)) return true;
+  std::error_code ignored, error;
+  if (fs::is_regular_file(folder / kManifest, error) || error == std::errc::permission_denied) return true;  // reading it will tell
   bool files = false;
   for (const auto& entry : fs::directory_iterator(folder, ignored)) {
     const std::string name = entry.path().filename().string();
@@ -173,20 +204,36 @@ void publish_state(const std::string& incomplete_folder, const std::string& fold
 
 // --- finding
 
-std::vector<std::string> find_states(const std::string& output_dir) {
+std::vector<std::string> find_states(const std::string& output_dir, const std::vector<std::string>& more) {
   std::error_code error;
+  std::set<std::string> folders(more.begin(), more.end());
+  for (const auto& entry : fs::directory_iterator(output_dir, error)) folders.insert(entry.path().string());
+  ULY_USER_CHECK(error != std::errc::not_a_directory, "{}: expected a folder, found a file", output_dir);
+  if (error && error != std::errc::no_such_file_or_directory) {
+    errno = error.value();
+    cannot_read(output_dir);
+  }
   std::vector<std::pair<int64_t, std::string>> found;
-  for (const auto& entry : fs::directory_iterator(output_dir, error))
-    if (const auto step = step_of(entry.path().filename().string()); step && is_state(entry.path())) found.emplace_back(*step, entry.path().string());
-  std::string latest = text_of(fs::path(output_dir) / kLatest).value_or("");
-  latest = latest.substr(0, latest.find('\n'));
+  for (const std::string& folder : folders)
+    if (const auto step = step_of(fs::path(folder).filename().string()); step && is_state(folder)) found.emplace_back(*step, folder);
+  const std::string latest = latest_in(output_dir);
   std::sort(found.begin(), found.end(), [&](const auto& a, const auto& b) {
     const bool a_latest = fs::path(a.second).filename() == latest, b_latest = fs::path(b.second).filename() == latest;
     return a_latest != b_latest ? a_latest : a.first > b.first;
   });
-  std::vector<std::string> folders;
-  for (const auto& [step, folder] : found) folders.push_back(folder);
-  return folders;
+  std::vector<std::string> sorted;
+  for (const auto& [step, folder] : found) sorted.push_back(folder);
+  return sorted;
+}
+
+std::optional<std::string> run_of(const std::string& folder) {
+  try {
+    return StateReader(folder).manifest().value("run", "");
+  } catch (const Error&) {
+    return std::nullopt;
+  } catch (const Json::exception&) {
+    return std::nullopt;
+  }
 }
 
 std::string set_aside(const std::string& folder) {
@@ -222,10 +269,9 @@ void check_state_target(const std::string& folder) {
 StateReader::StateReader(const std::string& folder) : folder_(folder) {
   const std::string path = (fs::path(folder) / kManifest).string();
   const auto damaged = [&](const std::string& how) { throw DamagedState(fmt::format("{}: {}", path, how)); };
-  const std::optional<std::string> text = text_of(path);
-  if (!text) damaged("cannot be read");
+  const std::string text = text_of(path);
   try {
-    manifest_ = parse_flat(*text);
+    manifest_ = parse_flat(text);
   } catch (const DamagedState&) {
     damaged("is not as it was written");
   }
@@ -263,11 +309,15 @@ void StateReader::compare_model(const Json& identity) const {
 
 const SafetensorsFile& StateReader::open(const std::string& file) {
   std::unique_ptr<SafetensorsFile>& found = files_[file];
-  if (!found) try {
-      found = std::make_unique<SafetensorsFile>((fs::path(folder_) / file).string());
-    } catch (const UserError& e) {
-      throw DamagedState(e.what());
-    }
+  const std::string path = (fs::path(folder_) / file).string();
+  if (found) return *found;
+  if (const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC); fd >= 0) ::close(fd);
+  else cannot_read(path);
+  try {
+    found = std::make_unique<SafetensorsFile>(path);
+  } catch (const UserError& e) {  // what the file holds
+    throw DamagedState(e.what());
+  }
   return *found;
 }
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -27,6 +28,16 @@ namespace uly::checkpoint {
 class DamagedState : public UserError {
  public:
   using UserError::UserError;
+};
+
+// A file of a state is not there: lost, or not seen from this machine.
+class MissingFile : public DamagedState {
+ public:
+  explicit MissingFile(const std::string& path) : DamagedState(path + ": is not there"), path_(path) {}
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
 };
 
 enum class Moment { kMaster, kM, kV };
@@ -80,8 +91,12 @@ void publish_state(const std::string& incomplete_folder, const std::string& fold
 
 std::string incomplete_name(const std::string& folder);
 
-// Complete states in `output_dir`: the latest first, then by step, the highest first. Nothing where there is no such folder.
-std::vector<std::string> find_states(const std::string& output_dir);
+// Complete states in `output_dir`: the latest first, then by step, the highest first. Nothing where there is no such folder. `more`: others
+// to look for there. Throws UserError or DeviceError where the folder cannot be read.
+std::vector<std::string> find_states(const std::string& output_dir, const std::vector<std::string>& more = {});
+
+// The run that a state is of, as its manifest says: "" where that is older than such names; nothing where it cannot be read.
+std::optional<std::string> run_of(const std::string& folder);
 
 // Renames a state that is damaged, so that it is none: neither used nor counted. Returns its name then; "" where it stays.
 std::string set_aside(const std::string& folder);
@@ -94,7 +109,8 @@ void check_state_target(const std::string& folder);
 
 class StateReader {
  public:
-  // Reads and checks the manifest. Throws DamagedState.
+  // Reads and checks the manifest. Throws DamagedState; UserError or DeviceError where what is there cannot be read for reasons of another
+  // kind: no permission, too many open files, a server that does not answer. So does read().
   explicit StateReader(const std::string& folder);
 
   const std::string& folder() const { return folder_; }

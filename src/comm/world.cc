@@ -152,12 +152,8 @@ class Meeting {
   const Clock::time_point began_ = Clock::now();
 };
 
-// This process in words. The machine has the name by which the launcher knows it.
-std::string who() {
-  char name[256] = "this machine";
-  ::gethostname(name, sizeof name - 1);
-  return fmt::format("pid {} on {}", ::getpid(), variable("ULYSSES_HOST").value_or(name));
-}
+// This process in words.
+std::string who() { return fmt::format("pid {} on {}", ::getpid(), machine_name()); }
 
 std::unique_ptr<Heartbeat> make_heartbeat(const Rendezvous& r) {
   if (r.size == 1 || r.silence.count() == 0) return nullptr;
@@ -166,6 +162,12 @@ std::unique_ptr<Heartbeat> make_heartbeat(const Rendezvous& r) {
 }
 
 }  // namespace
+
+std::string machine_name() {
+  char name[256] = "this machine";
+  ::gethostname(name, sizeof name - 1);
+  return variable("ULYSSES_HOST").value_or(name);
+}
 
 Rendezvous rendezvous_from_environment() {
   Rendezvous r;

@@ -40,6 +40,9 @@ struct Rendezvous {
 // ULYSSES_SILENCE: `silence`. Throws UserError naming the variable that is no number or out of range.
 Rendezvous rendezvous_from_environment();
 
+// This machine, by the name by which the launcher knows it, or else its own.
+std::string machine_name();
+
 // One rank's membership. Groups may outlive it; on rank 0 it holds the store's server, so it stays as long as groups are
 // being made anywhere.
 class World {

@@ -60,4 +60,11 @@ std::string TokenFile::fingerprint() const {
   return fmt::format("{:016x}", hash);
 }
 
+std::string TokenFile::digest() const {
+  const size_t tokens = static_cast<size_t>(starts_[num_samples_]);
+  uint64_t hash = XXH3_64bits(starts_, static_cast<size_t>(num_samples_ + 1) * sizeof(int64_t));
+  hash = XXH3_64bits_withSeed(ids_, tokens * sizeof(int32_t), hash);
+  return fmt::format("{:016x}", XXH3_64bits_withSeed(trained_, tokens, hash));
+}
+
 }  // namespace uly::data

@@ -30,6 +30,8 @@ class TokenFile {
   int64_t vocabulary() const { return vocabulary_; }  // as the file says: who reads ids, checks them
   // By which other data are told from these: a hash of where all samples start and of some tokens throughout.
   std::string fingerprint() const;
+  // The same of all of them: reads the whole file.
+  std::string digest() const;
 
  private:
   SafetensorsFile file_;

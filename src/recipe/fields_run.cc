@@ -121,7 +121,7 @@ std::vector<Field> run_fields() {
        .choices = {{"stop"}, {"skip"}},
        .doc = "When a step's loss or gradient norm is NaN or infinite the step is not applied, and where it came from is said: the layer and the sample. `stop` saves the state and ends with exit code 76, `skip` goes on with the next samples; the learning rate's schedule counts the step, AdamW's bias correction does not.",
        .set = into(&Recipe::on_nan)},
-      {.name = "seed", .kind = kInt, .initial = "42", .min = 0, .doc = "Random weights and the order of the data.", .set = into(&Recipe::seed)},
+      {.name = "seed", .kind = kInt, .initial = "42", .min = 0, .doc = "Seed of random weights; `data.seed` orders the data.", .set = into(&Recipe::seed)},
       {.name = "loss_log_interval",
        .kind = kHumanInt,
        .initial = "1",

@@ -120,6 +120,7 @@ void folders_are_of_one_kind(Recipe& r) {
       const std::string key = item("checkpoint", i) + ".output_dir";
       ULY_USER_CHECK(!a.enabled || !b.enabled || folder(a) != folder(b) || (a.type == "huggingface") == (b.type == "huggingface"),
                      "{}: {}: {} holds states and models, both as global_step_N: expected a folder for each", r.where(key), key, b.output_dir);
+      ULY_USER_CHECK(!a.enabled || !b.enabled || folder(a) != folder(b) || b.type == "huggingface", "{}: {}: {} is another entry's folder for states too: expected one entry, or a folder for each", r.where(key), key, b.output_dir);
     }
 }
 

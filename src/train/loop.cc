@@ -7,6 +7,7 @@
 #include <cmath>
 #include <filesystem>
 #include <numeric>
+#include <random>
 #include <set>
 #include <utility>
 
@@ -73,6 +74,7 @@ class Loop {
   void save(const recipe::Checkpoint& c);
   std::string why_to_stop();
   void check_targets();
+  void check_states_are_ours(const recipe::Checkpoint& c) const;
   void check_something_is_trained();
   void take_back_metrics();
 
@@ -82,6 +84,7 @@ class Loop {
   Clock::time_point began_;
   data::Sampler sampler_;
   std::string fingerprint_;  // of the data; read once, and where states are only
+  std::string run_;          // what its states are known by, whatever starts it takes; "" where it goes on from one that has no such name
   int64_t more_steps_ = 0;  // made so far beyond what the samples consumed would take in steps of today's size
   Progress start_;          // of this run: 0, or what the state says that it goes on from
   int64_t steps_;           // made so far
@@ -215,7 +218,7 @@ void Loop::step() {
   const double loss = s_.loss(), norm = std::sqrt(s_.squared_norm());
   if (!std::isfinite(loss) || !std::isfinite(norm)) {
     s_.drop_update();
-    f.not_applied = fmt::format("loss is {}, gradient norm is {}{}", loss, norm, where_not_finite(window, trained));
+    f.not_applied = fmt::format("loss is {}, gradient norm is {}{}", std::isnan(loss) ? "nan" : fmt::format("{}", loss), std::isnan(norm) ? "nan" : fmt::format("{}", norm), where_not_finite(window, trained));
     ++skipped_;
     if (s_.first() && r_.on_nan == "skip") say("step {}: {}; the step was not applied ({} so far)", steps_ + 1, f.not_applied, skipped_);
   }
@@ -286,7 +289,7 @@ void Loop::save(const recipe::Checkpoint& c) {
   const std::string folder = save_folder(c, steps_);
   if (!saved_.insert(folder).second) return;
   metrics_.sync();
-  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"samples", s_.plan().train.packs->size()}, {"data", fingerprint()}, {"epoch_size", sampler_.epoch_size()}, {"samples_a_step", sampler_.samples_a_step()}, {"schedule_step", steps_ - more_steps_}});
+  if (c.type != "huggingface") return saver_.save(c, {.steps = steps_, .consumed = consumed_, .skipped = skipped_}, {{"run", run_}, {"samples", s_.plan().train.packs->size()}, {"data", fingerprint()}, {"epoch_size", sampler_.epoch_size()}, {"samples_a_step", sampler_.samples_a_step()}, {"schedule_step", steps_ - more_steps_}});
   s_.flush();
   try {
     save_hub(s_, folder);
@@ -302,6 +305,7 @@ Progress Loop::resume_if_asked() {
     if (!c.enabled || !c.auto_resume) continue;
     const std::optional<Resumed> found = resume(s_, c, job_.restart_data);
     if (!found) continue;
+    run_ = found->facts.value("run", "");
     const int64_t had = found->facts.value("samples", int64_t{0}), has = s_.plan().train.packs->size();
     ULY_USER_CHECK(job_.restart_data || had == has, "{}: the data had {} samples when it was saved, and has {}: which have been seen is not known then; expected the same, or --restart-data to begin the data anew", found->folder, format_count(had), format_count(has));
     const std::string before = found->facts.value("data", ""), now = fingerprint();
@@ -320,7 +324,18 @@ Progress Loop::resume_if_asked() {
     }
     return found->progress;
   }
+  std::random_device random;
+  run_ = fmt::format("{:08x}{:08x}", random(), random());
   return {};
+}
+
+// Those of two runs would be taken for one run's: by what goes on from the newest, and by what removes the oldest.
+void Loop::check_states_are_ours(const recipe::Checkpoint& c) const {
+  std::vector<std::string> others;
+  for (const std::string& folder : checkpoint::find_states(c.output_dir))
+    if (const auto run = checkpoint::run_of(folder); start_.steps > 0 ? run && *run != run_ : run != run_) others.push_back(folder);
+  ULY_USER_CHECK(others.empty(), "{}: holds {} states of another run ({}): expected none of others; move them away or choose another output_dir{}", c.output_dir, others.size(), std::filesystem::path(others.empty() ? "" : others[0]).filename().string(),
+                 start_.steps > 0 ? "" : ", or go on from them with auto_resume: true");
 }
 
 // What an earlier start of this run has told of steps that are made again. Nothing may stop the run from here on but its training.
@@ -378,7 +393,10 @@ void Loop::check_targets() {
       if (!c.enabled || last_step_ <= start_.steps) continue;
       const bool model = c.type == "huggingface";
       if (model && !saves_on_the_way(c) && !c.save_end_of_training) continue;
-      if (!model) checkpoint::make_folder(c.output_dir);
+      if (!model) {
+        checkpoint::make_folder(c.output_dir);
+        check_states_are_ours(c);
+      }
       const auto check = [&](int64_t step) { model ? checkpoint::check_hub_target(s_.spec(), save_folder(c, step)) : checkpoint::check_state_target(save_folder(c, step)); };
       if (const int64_t every = c.save_every_n_steps; every > 0)
         for (int64_t step = (start_.steps / every + 1) * every; step < last_step_; step += every) check(step);

@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -16,6 +17,7 @@
 #include "base/log.h"
 #include "base/units.h"
 #include "checkpoint/hub_files.h"
+#include "checkpoint/run_lock.h"
 
 namespace uly::train {
 namespace {
@@ -39,6 +41,23 @@ Metrics::Metrics(const recipe::Recipe& r, const models::Spec& spec, int64_t tota
   if (!parent.empty()) std::filesystem::create_directories(parent, error);
   fd_ = ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
   ULY_USER_CHECK(fd_ >= 0, "train_log_metrics_path ({}): cannot write {}: {}", r.where("train_log_metrics_path"), path_, error ? error.message() : std::strerror(errno));
+  ULY_USER_CHECK(!is_file() || checkpoint::take_lock(fd_), "train_log_metrics_path ({}): {} is in use by another run: wait until it has ended, or choose another file", r.where("train_log_metrics_path"), path_);
+}
+
+bool Metrics::is_file() const {
+  struct stat is;
+  return ::fstat(fd_, &is) == 0 && S_ISREG(is.st_mode);
+}
+
+// A file that was moved away is left as it is: what follows goes into a new one of its name.
+void Metrics::follow_name() {
+  struct stat ours, named;
+  if (!is_file() || ::fstat(fd_, &ours) != 0) return;
+  if (::stat(path_.c_str(), &named) == 0 ? named.st_ino == ours.st_ino && named.st_dev == ours.st_dev : errno != ENOENT) return;
+  const int fd = ::open(path_.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+  if (fd < 0) return;
+  ::close(std::exchange(fd_, fd));
+  if (is_file()) checkpoint::take_lock(fd_);
 }
 
 Metrics::~Metrics() {
@@ -77,7 +96,7 @@ void Metrics::forget_after(int64_t iter) {
 
 void Metrics::begin_in(const std::string& folder) {
   struct stat is;
-  if (fd_ < 0 || ::fstat(fd_, &is) != 0 || !S_ISREG(is.st_mode)) return;
+  if (fd_ < 0 || !is_file() || ::fstat(fd_, &is) != 0) return;
   std::error_code error;
   const std::string path = std::filesystem::absolute(path_, error).string();
   std::ifstream file(beginning(folder));
@@ -109,6 +128,7 @@ bool Metrics::write_pending() {
 }
 
 void Metrics::write(const Json& line) {
+  follow_name();
   pending_ += line.dump() + "\n";
   const bool written = write_pending();
   if (!written && !failing_) say("METRICS CANNOT BE WRITTEN to {}: {}; the lines are kept, and training goes on", path_, std::strerror(errno));

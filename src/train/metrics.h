@@ -33,7 +33,7 @@ struct EvalFigures {
 
 class Metrics {
  public:
-  // Creates the file's folder, appends to the file. `total_steps` and `ranks` are for progress and per-rank figures.
+  // Creates the file's folder, appends to the file, which is this run's alone as long as it lives: throws UserError where another has it. `total_steps` and `ranks` are for progress and per-rank figures.
   Metrics(const recipe::Recipe& recipe, const models::Spec& spec, int64_t total_steps, int64_t ranks, bool on);
   ~Metrics();
   Metrics(const Metrics&) = delete;
@@ -59,6 +59,8 @@ class Metrics {
   double teraflops(const StepFigures& f) const;
   void write(const Json& line);
   bool write_pending();  // whether all is written
+  bool is_file() const;  // not a pipe or a device
+  void follow_name();
   void keep(int64_t bytes);
 
   const models::Spec& spec_;

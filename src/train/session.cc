@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <fstream>
+#include <iterator>
 #include <span>
 
 #include "base/check.h"
@@ -19,6 +21,7 @@
 #include "launch/nccl.h"
 #include "launch/nodes.h"
 #include "plan/exchanges.h"
+#include "train/save.h"
 #include "train/states.h"
 
 namespace uly::train {
@@ -60,8 +63,9 @@ int64_t first_not_finite(const std::vector<std::byte>& bytes, Dtype dtype) {
 }  // namespace
 
 Session::Session(const Job& job, comm::World& world) 
-    : world_(world), recipe_(recipe::load(job.recipe_path, job.overrides)), tokenizer_folder_(job.tokenizer_folder.empty() ? job.model_folder : job.tokenizer_folder) {
+    : world_(world), machines_(world), recipe_(recipe::load(job.recipe_path, job.overrides)), tokenizer_folder_(job.tokenizer_folder.empty() ? job.model_folder : job.tokenizer_folder) {
   compare_ranks();
+  if (!job.rehearse) lock_folders();
   models::Spec spec = models::find(job.model_folder, "", recipe_.model.hf_config_kwargs);
   spec.name = recipe_.model.name_or_path;
   const auto place = launch::place_in_job();
@@ -89,6 +93,7 @@ Session::Session(const Job& job, comm::World& world)
   if (!job.rehearse) data = plan::DataFacts{.tokens_path = job.tokens_path, .eval_tokens_path = job.eval_tokens_path};
   plan_ = plan::make(recipe_, spec, machine_, world_.size(), data);
   if (!plan_.fits) throw WillNotFit(plan_.why_not);
+  compare_data(machines_, plan_);
   agree();
 
   mesh_ = plan_.mesh;
@@ -135,6 +140,27 @@ void Session::compare_ranks() {
   }
 }
 
+// Keeps the folders for states for this run, before any is read. Throws UserError where another run has one, or a machine does not see it.
+void Session::lock_folders() {
+  const std::string job = launch::variable("SLURM_JOB_ID").value_or("");
+  on_first(world_, [&] {
+    for (const recipe::Checkpoint& c : recipe_.checkpoint)
+      if (c.enabled && c.type != "huggingface") locks_.emplace_back(c.output_dir, fmt::format("pid {} on {}{}", ::getpid(), comm::machine_name(), job.empty() ? "" : ", SLURM job " + job));
+  });
+  Json written = Json::object();
+  for (const checkpoint::RunLock& lock : locks_)
+    if (!lock.content().empty()) written[lock.path()] = lock.content();
+  written = Json::parse(world_.all().exchange(written.dump())[0]);
+  const std::vector<std::string> unseen = machines_.ask([&]() -> std::string {
+    for (const auto& [path, content] : written.items()) {
+      std::ifstream file(path, std::ios::binary);
+      if (std::string(std::istreambuf_iterator<char>(file), {}) != content.get<std::string>()) return path;
+    }
+    return "";
+  });
+  for (size_t r = 0; r < unseen.size(); ++r) ULY_USER_CHECK(unseen[r].empty(), "output_dir has to be on a file system that all machines share: {} does not see {} of {}", machines_.name(r), unseen[r], machines_.name(0));
+}
+
 // Throws UserError naming the first rank whose plan differs: a difference would be a wait without end later.
 void Session::agree() {
   const std::vector<std::string> hashes = world_.all().exchange(plan_.hash);
@@ -145,7 +171,11 @@ void Session::agree() {
 void Session::load_weights() {
   const bool random = recipe_.model.random_init || spec().randomly_initialized;
   std::optional<checkpoint::HubReader> reader;
-  if (!random) reader.emplace(spec().folder, spec());
+  if (!random) {
+    reader.emplace(spec().folder, spec());
+    const int64_t other = Machines::first_other(machines_.ask([&] { return reader->fingerprint(units()); }));
+    ULY_USER_CHECK(other < 0, "{}: the weights in {} there are not those of {}: expected the same model on all machines", machines_.words(static_cast<size_t>(other)), spec().folder, machines_.words(0));
+  }
   for (size_t u = 0; u < units().size(); ++u) {
     const step::UnitState& state = states_.units[u];
     const int64_t n = state.master.columns, begin = mesh_.rank * n, end = std::min(begin + n, units()[u].elements);

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "checkpoint/run_lock.h"
 #include "checkpoint/state.h"
 #include "comm/world.h"
 #include "data/batch.h"
@@ -12,6 +13,7 @@
 #include "plan/plan.h"
 #include "recipe/recipe.h"
 #include "step/decoder.h"
+#include "train/machines.h"
 #include "train/train.h"
 
 namespace uly::train {
@@ -57,6 +59,7 @@ class Session {
 
   bool first() const { return world_.rank() == 0; }
   comm::World& world() { return world_; }
+  Machines& machines() { return machines_; }
   const recipe::Recipe& recipe() const { return recipe_; }
   const models::Spec& spec() const { return model_->spec; }
   const std::vector<models::Unit>& units() const { return model_->units; }
@@ -86,6 +89,7 @@ class Session {
   void load(const Program& program, data::Batch batch, double scale);
   const Program& update_program();
   void compare_ranks();
+  void lock_folders();
   void agree();
   void load_weights();
   void empty_states();
@@ -94,7 +98,9 @@ class Session {
   std::vector<uint8_t> gather(const ops::Buffer& shard);
 
   comm::World& world_;
+  Machines machines_;
   recipe::Recipe recipe_;
+  std::vector<checkpoint::RunLock> locks_;  // of the folders for states; of the first rank
   std::string tokenizer_folder_;
   std::unique_ptr<step::Model> model_;
   plan::Plan plan_;

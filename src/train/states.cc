@@ -57,11 +57,18 @@ void differences(const Json& a, const Json& b, const std::string& path, std::vec
       if (!a.contains(name)) differences(Json(), value, key(name), found);
     return;
   }
+  const auto has_mappings = [](const Json& x) { return x.is_array() && !x.empty() && x[0].is_object(); };
+  if (has_mappings(a) && has_mappings(b)) {  // of such a list what is different in it
+    for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) differences(a[i], b[i], key(std::to_string(i)), found);
+    if (a.size() != b.size()) found.push_back({path, fmt::format("{} entries", a.size()), fmt::format("{} entries", b.size())});
+    return;
+  }
   found.push_back({path, a.dump(), b.dump()});
 }
 
-// Keys of `data` that say how it is made ready, not what it is.
-bool is_data_order(const std::string& key) {
+// Keys of `data` that say how it is made ready, not what it is, or that have no effect in the recipe.
+bool is_data_order(const std::string& key, const Json& recipe) {
+  if (key == "data.drop_last" && recipe.value("type", "") != "causal" && recipe.contains("data") && recipe["data"].value("pack_samples", Json()) == Json(false)) return false;
   if (!key.starts_with("data.")) return key == "overfit_first_batch" || key == "min_iterations" || key == "type";
   for (const char* name : {"data.num_proc", "data.cache_dir", "data.cache_fs_type", "data.fail_on_missing_cache", "data.dl_num_workers", "data.eval_", "data.div_length", "data.pad_to"})
     if (key.starts_with(name)) return false;
@@ -95,7 +102,10 @@ Saver::~Saver() {
 
 void Saver::write(Save& save) const {
   try {
-    checkpoint::StateWriter writer(checkpoint::incomplete_name(save.folder), s_.mesh().rank, save.parts);
+    std::error_code ignored;
+    const std::string folder = checkpoint::incomplete_name(save.folder);
+    ULY_USER_CHECK(fs::exists(folder, ignored), "{}: is not seen by rank {}: output_dir has to be on a file system that all machines share", folder, s_.mesh().rank);
+    checkpoint::StateWriter writer(folder, s_.mesh().rank, save.parts);
     if (save.copy) {
       writer.append(save.copy, elements_of(save.parts));
     } else {
@@ -127,6 +137,8 @@ void Saver::save(const recipe::Checkpoint& c, const Progress& progress, const Js
     on_first(s_.world(), [&] {
       checkpoint::check_state_target(save.folder);
       checkpoint::remove_folder(checkpoint::incomplete_name(save.folder));
+      std::error_code ignored;
+      if (!fs::exists(c.output_dir, ignored)) say("{} is gone: made anew", c.output_dir);
       checkpoint::make_folder(checkpoint::incomplete_name(save.folder));
     });
   } catch (const UserError& e) {
@@ -238,19 +250,57 @@ std::vector<std::string> changes_since(const Json& saved, const Json& now, bool 
   std::vector<std::string> changes;
   for (const auto& [key, before, after] : found) {
     ULY_USER_CHECK(!is_model(key), "{}: {} was {} when it was saved, the recipe says {}: expected the same; begin a new run in another output_dir", folder, key, before, after);
-    ULY_USER_CHECK(restart_data || !is_data_order(key), "{}: {} was {} when it was saved, the recipe says {}: which samples have been seen is not known then; expected the same, or --restart-data to begin the data anew", folder, key, before, after);
+    ULY_USER_CHECK(restart_data || !is_data_order(key, now), "{}: {} was {} when it was saved, the recipe says {}: which samples have been seen is not known then; expected the same, or --restart-data to begin the data anew", folder, key, before, after);
     changes.push_back(fmt::format("{}: {} -> {}", key, before, after));
   }
   return changes;
 }
 
+// The states that there are to go on from, as the first rank sees them. Throws UserError where it does not see what another machine does.
+std::vector<std::string> states_to_resume(Session& s, const std::string& output_dir) {
+  const auto found_here = [&](const std::vector<std::string>& more) {
+    Json found = {{"folders", Json::array()}, {"error", ""}};
+    try {
+      found["folders"] = checkpoint::find_states(output_dir, more);
+    } catch (const UserError& e) {
+      found["error"] = e.what();
+    }
+    return found.dump();
+  };
+  std::vector<std::string> of_others;
+  const std::vector<std::string> found = s.machines().ask([&] { return found_here({}); });
+  for (const std::string& one : found) {
+    const Json there = one.empty() ? Json::object() : Json::parse(one);
+    for (const std::string& folder : there.value("folders", std::vector<std::string>())) of_others.push_back(folder);
+  }
+  const Json first = Json::parse(s.world().all().exchange(s.first() ? found_here(of_others) : "")[0]);
+  if (const std::string error = first.at("error"); !error.empty()) throw UserError(error);
+  const auto folders = first.at("folders").get<std::vector<std::string>>();
+  for (const std::string& folder : of_others)
+    ULY_USER_CHECK(std::find(folders.begin(), folders.end(), folder) != folders.end(), "output_dir has to be on a file system that all machines share: {} does not see {}", s.machines().name(0), folder);
+  return folders;
+}
+
+// Throws UserError where a file that some rank misses is there on another's machine. `missing`: what this rank misses. Collective.
+void check_missing_everywhere(Session& s, const std::string& missing) {
+  std::string path;
+  for (const std::string& one : s.world().all().exchange(missing))
+    if (path.empty()) path = one;
+  if (path.empty()) return;
+  std::error_code ignored;
+  const std::vector<std::string> seen = s.world().all().exchange(fs::exists(path, ignored) ? "1" : "0");
+  const auto blind = std::find(seen.begin(), seen.end(), "0");
+  if (blind == seen.end() || std::find(seen.begin(), seen.end(), "1") == seen.end()) return;
+  user_error("output_dir has to be on a file system that all machines share: {} does not see {}", s.machines().words(static_cast<size_t>(blind - seen.begin())), path);
+}
+
 std::optional<Resumed> resume(Session& s, const recipe::Checkpoint& c, bool restart_data) {
   comm::Group& all = s.world().all();
-  const std::vector<std::string> folders = Json::parse(all.exchange(s.first() ? Json(checkpoint::find_states(c.output_dir)).dump() : "[]")[0]).get<std::vector<std::string>>();
+  const std::vector<std::string> folders = states_to_resume(s, c.output_dir);
   const std::vector<checkpoint::StatePart> parts = parts_of(s);
   std::vector<std::string> not_whole;
   for (const std::string& folder : folders) {
-    std::string damaged, refused;
+    std::string damaged, missing, refused;
     Json manifest;
     try {
       checkpoint::StateReader reader(folder);
@@ -265,6 +315,9 @@ std::optional<Resumed> resume(Session& s, const recipe::Checkpoint& c, bool rest
         reader.read(parts[unit].unit, moment, parts[unit].begin + at, count, values.data());
         s.write_state(unit, moment, at, values);
       });
+    } catch (const checkpoint::MissingFile& e) {
+      damaged = e.what();
+      missing = e.path();
     } catch (const checkpoint::DamagedState& e) {
       damaged = e.what();
     } catch (const Json::exception&) {
@@ -274,6 +327,7 @@ std::optional<Resumed> resume(Session& s, const recipe::Checkpoint& c, bool rest
     }
     for (const std::string& why : all.exchange(refused))
       if (!why.empty()) throw UserError(why);
+    check_missing_everywhere(s, missing);
     std::string first;
     for (const std::string& why : all.exchange(damaged))
       if (first.empty()) first = why;

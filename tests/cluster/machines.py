@@ -47,6 +47,16 @@ class Host:
     def answers(self):
         return subprocess.run([self.folder / "bin" / "ssh", "-o", "BatchMode=yes", "-p", str(PORT), self.address, "true"], capture_output=True).returncode == 0
 
+    @contextlib.contextmanager
+    def own(self, place, content):
+        """This machine sees the folder `content` at `place`; the others do not."""
+        there = ["nsenter", "-t", self.sshd.pid, "-m"]
+        call(*there, "mount", "--bind", content, place)
+        try:
+            yield content
+        finally:
+            call(*there, "umount", "-l", place)
+
     def link(self, up):
         call("ip", "netns", "exec", self.name, "ip", "link", "set", "eth0", "up" if up else "down")
         if up:

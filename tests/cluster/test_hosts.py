@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import time
@@ -210,6 +211,57 @@ def test_each_machine_started_by_hand(job):
     said = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert len(job.metrics()) > 0
+
+
+@pytest.fixture
+def own_copy(job, tmp_path_factory):
+    """What the second machine sees as the job's folder: a copy of its own."""
+    copy = tmp_path_factory.mktemp("copy") / "job"
+    (job.folder / "cache").unlink()
+    (job.folder / "cache").mkdir()
+    shutil.copytree(job.folder, copy)
+    with job.hosts[1].own(job.folder, copy):
+        yield copy
+
+
+def test_machines_with_copies_of_their_own_train_the_same_or_nothing(job, own_copy):
+    """Other data of the same lengths, other order, other weights: each is named."""
+    job.run("sequence_parallel_size=4", "checkpoint=[]")
+    a, b = (host.address for host in job.hosts)
+    said_of_data = f"rank 2 on {b}: its data to train on are not those of rank 0 on {a}: expected the same files of data, tokenizer and chat template on all machines"
+    chats = (own_copy / "chats.jsonl").read_text()
+    for other in (chats.replace("word", "rows"), "".join(reversed(chats.splitlines(True)))):
+        (own_copy / "chats.jsonl").write_text(other)
+        assert said_of_data in job.run("checkpoint=[]", code=2)[1]
+    (own_copy / "chats.jsonl").write_text(chats + "\n")    # other bytes, the same tokens
+    job.run("checkpoint=[]", "exit_iteration=1")
+    weights = own_copy / "model" / "model.safetensors"
+    fixtures.write_weights(weights, {name: w * 3 if "layers.1.mlp.up_proj" in name else w for name, w in fixtures.weights().items()})
+    assert f"rank 2 on {b}: the weights in model there are not those of rank 0 on {a}: expected the same model on all machines" in job.run("checkpoint=[]", code=2)[1]
+
+
+def test_states_that_not_all_machines_see_are_said(job, tmp_path_factory):
+    """Another folder in the place of all states, of one, without the newest: nothing is renamed, no older one is used."""
+    states = job.folder / "states"
+    saves = ("checkpoint=[{output_dir: states, save_every_n_steps: 1, auto_resume: true}]", "exit_iteration_this_run=2")
+    job.run(*saves)
+    before = sorted(states.rglob("*"))
+    for place, missing in ((states, "states/run.lock"), (states / "global_step_2", "states/global_step_2/manifest.json")):
+        with job.hosts[1].own(place, tmp_path_factory.mktemp("own")):
+            _, said = job.run(*saves, code=2)
+        assert "output_dir has to be on a file system that all machines share: " in said and f"{job.hosts[1].address} does not see {missing}" in said and "DAMAGED" not in said, said
+    with job.hosts[0].own(states / "global_step_2", tmp_path_factory.mktemp("own")):
+        _, said = job.run(*saves, code=2)
+    assert f"{job.hosts[0].address} does not see states/global_step_2" in said, said
+    assert sorted(states.rglob("*")) == before
+    assert "going on from states/global_step_2" in job.run(*saves)[1]
+
+
+def test_other_data_to_evaluate_on_are_named(job, own_copy):
+    for folder in (job.folder, own_copy):
+        (folder / "eval.jsonl").write_text((folder / "chats.jsonl").read_text())
+    (own_copy / "eval.jsonl").write_text((own_copy / "eval.jsonl").read_text().replace("word", "rows"))
+    assert "its data to evaluate on are not those of rank 0" in job.run("checkpoint=[]", "data.eval_sources=[eval.jsonl]", "eval_interval=1", code=2)[1]
 
 
 def test_a_file_for_each_rank(job):

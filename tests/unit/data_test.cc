@@ -157,6 +157,23 @@ TEST(BatchTest, ARankReadsItsOwnTokensAlone) {
 }
 
 // With min_iterations few samples come several times an epoch: two copies of the longest may meet.
+TEST(TokenFileTest, ADigestIsOfEveryTokenAndAFingerprintOfSomeThroughout) {
+  std::vector<int32_t> ids(200'000, 7);
+  std::vector<uint8_t> trained(ids.size(), 1);
+  const std::string path = write_tokens({ids}, {trained});
+  const TokenFile before(path), again(write_tokens({ids}, {trained}));
+  EXPECT_EQ(again.digest(), before.digest());
+  EXPECT_EQ(again.fingerprint(), before.fingerprint());
+  ids[40] = 8;  // between two places that are looked at
+  const TokenFile one(write_tokens({ids}, {trained}));
+  EXPECT_NE(one.digest(), before.digest());
+  EXPECT_EQ(one.fingerprint(), before.fingerprint());
+  ids[40] = 7, trained[199'999] = 0;
+  EXPECT_NE(TokenFile(write_tokens({ids}, {trained})).digest(), before.digest());
+  trained[199'999] = 1, ids[0] = 8;
+  EXPECT_NE(TokenFile(write_tokens({ids}, {trained})).fingerprint(), before.fingerprint());
+}
+
 TEST(TokenFileTest, ThePlanKnowsThatASampleMayMeetItself) {
   const std::vector<std::vector<int32_t>> documents{std::vector<int32_t>(10, 1), std::vector<int32_t>(4, 1), std::vector<int32_t>(4, 1)};
   const std::string path = write_tokens(documents, {std::vector<uint8_t>(10, 1), std::vector<uint8_t>(4, 1), std::vector<uint8_t>(4, 1)});

@@ -167,6 +167,30 @@ TEST_F(HubTest, HalfPrecisionIsReadExactly) {
   EXPECT_EQ(f16, (std::vector<float>{1, -2, 65504, 0x1p-24f, -0.0f, INFINITY, 0x1p-14f, 0.333251953125f}));
 }
 
+TEST_F(HubTest, AFingerprintIsOfBothEndsOfALargeTensorAndAllOfASmallOne) {
+  Json config = tiny().config;
+  config["vocab_size"] = 4096;  // an embedding of 384 KiB
+  const models::Spec spec = models::spec_from_config(config, "config.json");
+  write_weights(spec, "saved", Dtype::kF32, [](auto&) {});
+  const auto fingerprint = [&] { return HubReader(at("saved"), spec).fingerprint(models::units(spec)); };
+  const auto flip = [&](int64_t byte) {
+    std::fstream file(at("saved/model.safetensors"), std::ios::in | std::ios::out | std::ios::binary);
+    uint64_t header = 0;
+    file.read(reinterpret_cast<char*>(&header), 8);
+    const auto place = static_cast<std::streamoff>(8 + header) + byte;  // the embedding comes first
+    file.seekg(place);
+    const char before = static_cast<char>(file.get());
+    file.seekp(place).put(static_cast<char>(before ^ 1));
+  };
+  const std::string before = fingerprint();
+  for (const auto& [byte, seen] : {std::pair{0, true}, {393'215, true}, {393'216, true}, {60'000 - 4096, true}, {10'000, false}}) {
+    flip(byte);
+    EXPECT_EQ(fingerprint() != before, seen) << byte;
+    flip(byte);
+  }
+  EXPECT_EQ(fingerprint(), before);
+}
+
 TEST_F(HubTest, TheIndexGivesTrueBytesAndEveryTensor) {
   const models::Spec spec = tiny();
   save(spec, "saved", Dtype::kBf16, 4000, 64);
