@@ -14,8 +14,6 @@ import sys
 import threading
 import time
 
-from ulysses_plus.errors import UserError
-
 TOUCHED_EVERY = 5
 NOBODYS_AFTER = 60    # seconds without a touch
 _LOCAL = ("ext2", "ext3", "ext4", "xfs", "zfs", "btrfs", "overlay", "reiserfs", "jfs", "ntfs", "ntfs3", "f2fs", "tmpfs", "ramfs")
@@ -103,8 +101,6 @@ def _opened_by_any_user(path):
                 raise
             continue
         return descriptor
-    if os.path.lexists(path):
-        raise UserError(f"{path}: another user's lock on the same data, which cannot be opened: expected the right to read it (that user's umask), or another data.cache_dir")
     return None
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from test_prepare import chat, make_tokenizer, parts_in, request, tokenizer_folder, write_lines  # noqa: F401  first: it says where the package is
 from ulysses_plus import hf_datasets, parts, sources, token_file
-from ulysses_plus.cache_lock import CacheLock
 from ulysses_plus.conversation import KNOWN_ROLES
 from ulysses_plus.errors import UserError
 from ulysses_plus.prepare import prepare
@@ -496,14 +495,6 @@ def test_another_users_lock_and_parts_are_in_nobodys_way(open_folder, mode):
         theirs.mkdir(exist_ok=True)
         assert as_nobody(lambda: made(open_folder, tokenizer, path)) == want
         assert token_path.stat().st_uid == NOBODY and os.listdir(theirs) == []
-    # A lock made under any umask can be taken by all.
-    before = os.umask(0o077)
-    try:
-        with CacheLock(str(cache / "x")):
-            pass
-    finally:
-        os.umask(before)
-    assert (cache / "x.lock").stat().st_mode & 0o777 == 0o666
 
 
 def test_what_another_user_left_and_cannot_be_replaced_is_said(open_folder):
