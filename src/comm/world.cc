@@ -21,6 +21,7 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 constexpr milliseconds kLook{40};    // between looks at whether all have come
+constexpr milliseconds kSlow{1000};   // by which an attempt to reach the store ends late
 constexpr milliseconds kLeave{4000};  // for who was interrupted to tell the others, which may be loading their libraries
 
 std::optional<std::string> variable(const char* name) {
@@ -64,10 +65,12 @@ bool interrupted(const Rendezvous& r) { return r.interrupted && r.interrupted();
 std::shared_ptr<Store> open_store(const Rendezvous& r) {
   TcpAddress address = address_of(r);
   address.serves = r.rank == 0 && !r.served_elsewhere;
+  if (address.serves) address.patience = r.timeout;  // it is there
   const Clock::time_point began = Clock::now();
   Clock::time_point end = began + r.timeout;
   for (bool leaving = false;;) {
     if (!leaving && interrupted(r)) leaving = true, end = Clock::now() + kLeave, address.patience = kLeave / 8;
+    const Clock::time_point attempt = Clock::now();
     try {
       return open_tcp_store(address);
     } catch (const std::exception& e) {
@@ -76,6 +79,8 @@ std::shared_ptr<Store> open_store(const Rendezvous& r) {
         user_error("port {} at {} is in use by another program; choose another {}", r.port, r.address, r.by_ulysses ? "with --master_port" : "by the environment variable MASTER_PORT, the same for all ranks");
       if (leaving && Clock::now() > end) give_up();
       if (address.serves || Clock::now() > end) did_not_meet(r, began, why);
+      // c10d looks up the names of addresses: where that is slow, an attempt needs as long.
+      if (const auto took = std::chrono::duration_cast<milliseconds>(Clock::now() - attempt); !leaving && took > address.patience + kSlow) address.patience = 2 * took;
     }
     std::this_thread::sleep_for(kLook);
   }
