@@ -158,8 +158,10 @@ int64_t longest_that_fits(const recipe::Recipe& recipe, const models::Spec& spec
 // Nine tenths of what memory.disk's folders have free that are used in turn: as much on each as on the fullest, and a disk's room
 // once where several lie on it; and what all ranks of a machine may use there: as much, at most memory.disk_size. 0 without folders.
 int64_t free_scratch_bytes(const recipe::Recipe& recipe);
-bool is_in_memory(const std::string& folder);  // on a tmpfs
 int64_t scratch_bytes(const recipe::Recipe& recipe);
+
+// Whether a folder is on a tmpfs: its files take host memory.
+bool is_in_memory(const std::string& folder);
 
 // Of `world` ranks, those on one machine.
 int64_t ranks_on_machine(const Machine& machine, int64_t world);
